@@ -1,0 +1,52 @@
+# The torch that ${Python_EXECUTABLE} imports, as targets:
+#   Torch::torch    libtorch of that wheel, with its headers
+#   Torch::python   libtorch_python, for extension modules
+# Sets TORCH_VERSION, TORCH_DIR, TORCH_CUDA_VERSION (empty for a CPU-only torch).
+
+set(_query "import torch, os; print(torch.__version__); print(os.path.dirname(torch.__file__)); print(torch.version.cuda or ''); print(int(torch._C._GLIBCXX_USE_CXX11_ABI)); print('end')")
+# The second try, -E, reaches the target environment from pip's isolated build.
+foreach(_flag "" "-E")
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} ${_flag} -c "${_query}"
+    OUTPUT_VARIABLE _out RESULT_VARIABLE _rc ERROR_VARIABLE _err OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(_rc EQUAL 0)
+    break()
+  endif()
+endforeach()
+
+if(_rc EQUAL 0)
+  string(REPLACE "\n" ";" _lines "${_out}")
+  list(GET _lines 0 TORCH_VERSION)
+  list(GET _lines 1 TORCH_DIR)
+  list(GET _lines 2 TORCH_CUDA_VERSION)
+  list(GET _lines 3 _abi)
+endif()
+
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(TorchPython
+  REQUIRED_VARS TORCH_DIR VERSION_VAR TORCH_VERSION
+  REASON_FAILURE_MESSAGE "Could not import torch with ${Python_EXECUTABLE}. Install torch first (pip install torch)")
+
+if(TorchPython_FOUND AND NOT TARGET Torch::torch)
+  set(_libs torch torch_cpu c10)
+  if(TORCH_CUDA_VERSION)
+    list(APPEND _libs torch_cuda c10_cuda)
+  endif()
+  add_library(Torch::torch INTERFACE IMPORTED)
+  foreach(_lib IN LISTS _libs)
+    add_library(Torch::${_lib}_lib SHARED IMPORTED)
+    set_target_properties(Torch::${_lib}_lib PROPERTIES
+      IMPORTED_LOCATION "${TORCH_DIR}/lib/lib${_lib}.so")
+    target_link_libraries(Torch::torch INTERFACE Torch::${_lib}_lib)
+  endforeach()
+  target_include_directories(Torch::torch SYSTEM INTERFACE
+    "${TORCH_DIR}/include" "${TORCH_DIR}/include/torch/csrc/api/include")
+  target_compile_definitions(Torch::torch INTERFACE
+    _GLIBCXX_USE_CXX11_ABI=${_abi} USE_C10D USE_DISTRIBUTED)
+
+  add_library(Torch::python_lib SHARED IMPORTED)
+  set_target_properties(Torch::python_lib PROPERTIES
+    IMPORTED_LOCATION "${TORCH_DIR}/lib/libtorch_python.so")
+  add_library(Torch::python INTERFACE IMPORTED)
+  target_link_libraries(Torch::python INTERFACE Torch::python_lib Torch::torch)
+endif()

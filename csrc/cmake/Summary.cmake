@@ -1,0 +1,6 @@
+message(STATUS "ntkcl ${PROJECT_VERSION}")
+message(STATUS "  build type  ${CMAKE_BUILD_TYPE}")
+message(STATUS "  torch       ${TORCH_VERSION} (${TORCH_DIR})")
+message(STATUS "  OpenCV      ${OpenCVModules_VERSION}")
+message(STATUS "  CUDA        ${NTKCL_CUDA_STATUS}")
+message(STATUS "  tests       ${NTKCL_BUILD_TESTS}")

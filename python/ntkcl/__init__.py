@@ -1,0 +1,7 @@
+"""Continual learning with parameter-efficient fine-tuning of vision transformers."""
+
+import torch  # noqa: F401  # loads libtorch before our libraries
+
+from ntkcl import _C
+
+__version__: str = _C.__version__
