@@ -71,7 +71,7 @@ def philox_keep_mask(key: torch.Tensor, size: Sequence[int], p: float) -> torch.
 def section_cosine(
     x: torch.Tensor, prototypes: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """``scores[i, k] = sum_s weights[s] * cos(x[i, s], prototypes[k, s])`` over sections of columns.
+    """``scores[i, k] = sum_s weights[s] * cos(x[i, s], prototypes[k, s])``, section by section.
 
     With one section, and the scale as ``weights``, this is a cosine classifier's logits. The
     norms are clamped from below at 1e-12, as in :func:`torch.nn.functional.normalize`.
