@@ -463,6 +463,21 @@ def test_torch_compile(dynamic):
             torch.testing.assert_close(ours, eager)
 
 
+def test_autocast_casts_parameters():
+    # Float32 parameters beside bfloat16 activations, as in anyone's mixed-precision training step.
+    x, weight = random(6, 12), random(8, 12, seed=1)
+    bias, prototypes, scale = (random(*s).requires_grad_() for s in ((8,), (3, 8), (1,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = bias_relu_dropout(F.linear(x, weight), bias, P, key=torch.tensor(1))
+        scores = section_cosine(hidden, prototypes, scale)
+    assert hidden.dtype == torch.bfloat16
+    assert scores.dtype == torch.float32
+    scores.square().sum().backward()
+    for parameter in (bias, prototypes, scale):
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.abs().sum() > 0
+
+
 def test_second_derivative_is_an_error():
     x = random(3, 4, requires_grad=True)
     y = bias_relu_dropout(x, torch.zeros(4), P, key=torch.tensor(1)).square().sum()
