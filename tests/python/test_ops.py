@@ -4,6 +4,7 @@ independent Philox in numpy."""
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import ntkcl
@@ -461,6 +462,21 @@ def test_torch_compile(dynamic):
             outcomes.append([scores.detach(), *(t.grad for t in parameters)])
         for eager, ours in zip(*outcomes, strict=True):
             torch.testing.assert_close(ours, eager)
+
+
+def test_fake_cuda_tensors():
+    # Shapes and devices without a GPU, as export and compilation for one ask for; the key may stay
+    # on the CPU.
+    with FakeTensorMode():
+        x = torch.empty(2, 7, 16, device="cuda")
+        bias = torch.empty(16, device="cuda")
+        for key in (torch.empty((), dtype=torch.int64), torch.ones(1, device="cuda").long()):
+            y = bias_relu_dropout(x, bias, P, key=key)
+            assert (y.device.type, y.shape) == ("cuda", x.shape)
+        dx, dbias = torch.ops.ntkcl.bias_relu_dropout_backward(x, y, P)
+        assert (dx.device.type, dx.shape, dbias.shape) == ("cuda", x.shape, bias.shape)
+        scores = section_cosine(y[0], y[1], torch.empty(4, device="cuda"))
+        assert (scores.device.type, scores.shape) == ("cuda", (7, 7))
 
 
 def test_autocast_casts_parameters():
