@@ -2,6 +2,6 @@
 
 import torch  # noqa: F401  # loads libtorch before our libraries
 
-from ntkcl import _C
+from ntkcl import _C as _C
 
 __version__: str = _C.__version__
