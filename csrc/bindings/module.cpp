@@ -3,4 +3,7 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "ntkcl's C++ core. Use the functions of the package `ntkcl`.";
   ntkcl::bindings::init_core(m);
+  ntkcl::bindings::init_optim(m);
+  ntkcl::bindings::init_scenario(m);
+  ntkcl::bindings::init_stats(m);
 }
