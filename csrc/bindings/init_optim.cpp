@@ -42,7 +42,7 @@ void init_optimizer(py::module_& m) {
       .def_readonly("parameters", &ParameterGroup::parameters)
       .def_readonly("learning_rate_scale", &ParameterGroup::learning_rate_scale)
       .def_readonly("decays", &ParameterGroup::decays);
-  py::class_<Optimizer>(m, "Optimizer", "SGD, Adam or AdamW, as make_optimizer builds them.")
+  py::class_<Optimizer>(m, "Optimizer", "An optimiser, as make_optimizer builds it.")
       .def("set_learning_rate", py::overload_cast<double>(&Optimizer::set_learning_rate),
            py::arg("rate"), "Each group runs at rate times its learning_rate_scale.")
       .def("learning_rate", &Optimizer::learning_rate, py::arg("group"),
@@ -54,7 +54,8 @@ void init_optimizer(py::module_& m) {
       .def("state", &optimizer_state,
            "All that a resumed run needs, by name; the tensors are the optimiser's own.");
   m.def("make_optimizer", &make_optimizer, py::arg("options"), py::arg("groups"),
-        "The optimiser options['optimizer'] (sgd, adam, adamw) over parameter groups; its learning "
+        "The optimiser options['optimizer'] (sgd, adam, adamw, sam, sam+) over parameter groups; "
+        "its learning "
         "rate is 0 until one is set.");
   m.def(
       "make_optimizer",

@@ -130,7 +130,11 @@ std::unique_ptr<Optimizer> make_optimizer(const OptimizerOptions& options,
   if (options.kind == "adam" || options.kind == "adamw") {
     return make_adam(options, std::move(groups));
   }
-  NTKCL_FAIL(ValueError, kWhere, "expected 'sgd', 'adam' or 'adamw', got '", options.kind, "'");
+  if (options.kind == "sam" || options.kind == "sam+") {
+    return make_sam(options, std::move(groups));
+  }
+  NTKCL_FAIL(ValueError, kWhere, "expected 'sgd', 'adam', 'adamw', 'sam' or 'sam+', got '",
+             options.kind, "'");
 }
 
 }  // namespace ntkcl::optim

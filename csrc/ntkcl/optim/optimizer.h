@@ -33,16 +33,24 @@ struct OptimizerOptions {
   double beta1 = 0.9;
   double beta2 = 0.999;
   double eps = 1e-8;
+  double rho = 0.05;
+  double tau = 25;
+  std::string gamma = "tensor";
 
   template <class Visitor>
   void visit(Visitor& v) {
-    v("optimizer", kind, one_of({"sgd", "adam", "adamw"}), "optimiser of the trained parameters");
-    v("momentum", momentum, at_least(0).below(1), "momentum of SGD");
+    v("optimizer", kind, one_of({"sgd", "adam", "adamw", "sam", "sam+"}),
+      "optimiser of the trained parameters");
+    v("momentum", momentum, at_least(0).below(1), "momentum of sgd, sam and sam+");
     v("weight_decay", weight_decay, at_least(0),
-      "weight decay: added to the gradient (sgd, adam) or applied to the parameters (adamw)");
+      "weight decay: added to the gradient or, with adamw, applied to the parameters");
     v("beta1", beta1, at_least(0).below(1), "decay of Adam's running mean of gradients");
     v("beta2", beta2, at_least(0).below(1), "decay of Adam's running mean of squared gradients");
     v("eps", eps, at_least(0), "added to Adam's denominator");
+    v("rho", rho, at_least(0), "length of SAM's perturbation");
+    v("tau", tau, above(0), "SAM+: how steeply steps against the ascent direction are damped");
+    v("gamma", gamma, one_of({"tensor", "global"}),
+      "SAM+: one damping factor per tensor or for all");
   }
 };
 
@@ -96,7 +104,8 @@ class Optimizer {
 };
 
 // The optimiser `options.kind`, learning rate 0 until one is set. Bit for bit torch.optim's SGD,
-// Adam and AdamW with fused=True (their default differs from it by rounding).
+// Adam and AdamW with fused=True (their default differs from it by rounding). SAM and SAM+:
+// kinds.h.
 std::unique_ptr<Optimizer> make_optimizer(const OptimizerOptions& options,
                                           std::vector<ParameterGroup> groups);
 
