@@ -18,6 +18,7 @@ KINDS = {
     "adam-betas": (torch.optim.Adam, {"weight_decay": 0.0, "betas": (0.7, 0.95), "eps": 1e-3}),
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.05}),
 }
+SAM_OPTIONS = {"optimizer": "sam+", "momentum": 0.9, "weight_decay": 5e-3}
 
 
 def parameters(dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -36,6 +37,8 @@ def fill_gradients(tensors: list[Tensor], seed: int) -> None:
 
 
 def our_options(kind: str) -> dict[str, object]:
+    if kind == "sam+":
+        return SAM_OPTIONS
     options = dict(KINDS[kind][1])
     if "betas" in options:
         options["beta1"], options["beta2"] = options.pop("betas")
@@ -94,6 +97,98 @@ def test_an_undefined_gradient_counts_as_zero(kind: str) -> None:
         assert torch.equal(mine, wanted)
     decays = KINDS[kind][1]["weight_decay"] > 0
     assert torch.equal(ours[1], start) != decays
+
+
+def quadratic(weight: Tensor, seen: list[Tensor]) -> None:
+    """Gradient of |w|^2 / 2 at the parameters that the optimiser has set."""
+    seen.append(weight.detach().clone())
+    weight.grad = weight.detach().clone()
+
+
+@pytest.mark.parametrize("kind", ["sam", "sam+"])
+def test_sam_takes_the_second_gradient_up_the_slope(kind: str) -> None:
+    weight = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    options = {"optimizer": kind, "rho": 0.5, "momentum": 0.0, "weight_decay": 0.0}
+    optimizer = _C.make_optimizer(options, [weight])
+    optimizer.set_learning_rate(0.1)
+    seen: list[Tensor] = []
+    optimizer.step(lambda _: quadratic(weight, seen))
+    assert optimizer.passes == 2
+    assert seen[0].tolist() == [3, 4]
+    # The gradient (3, 4) has length 5: the perturbation is (0.3, 0.4).
+    torch.testing.assert_close(seen[1], torch.tensor([3.3, 4.4], dtype=torch.float64))
+    # The gradient there is parallel to the perturbation: SAM+ stands still.
+    wanted = [3 - 0.33, 4 - 0.44] if kind == "sam" else [3.0, 4.0]
+    assert weight.tolist() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_sam_plus_damps_by_the_cosine() -> None:
+    # Ascent along x, second gradient at 8 degrees to it: gamma = 25 (1 - exp(cos - 1)) = 0.2421.
+    weight = torch.zeros(2, dtype=torch.float64)
+    options = {"optimizer": "sam+", "momentum": 0.0, "weight_decay": 0.0}
+    optimizer = _C.make_optimizer(options, [weight])
+    optimizer.set_learning_rate(1.0)
+    angle = math.radians(8)
+    rows = [[1.0, 0.0], [math.cos(angle), math.sin(angle)]]
+    directions = torch.tensor(rows, dtype=torch.float64)
+
+    def gradients(index: int) -> None:
+        weight.grad = directions[index].clone()
+
+    optimizer.step(gradients)
+    gamma = 25 * (1 - math.exp(math.cos(angle) - 1))
+    assert gamma == pytest.approx(0.2421, abs=1e-4)
+    assert weight.tolist() == pytest.approx((-gamma * directions[1]).tolist(), rel=1e-9)
+
+
+def test_one_gamma_for_all_tensors_or_one_each() -> None:
+    def after_a_step(gamma: str) -> list[float]:
+        tensors = [torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)]
+        options = {"optimizer": "sam+", "momentum": 0.0, "weight_decay": 0.0, "gamma": gamma}
+        optimizer = _C.make_optimizer(options, tensors)
+        optimizer.set_learning_rate(1.0)
+
+        def gradients(index: int) -> None:
+            # Tensor 0 agrees with its ascent direction, tensor 1 opposes it.
+            tensors[0].grad = torch.ones(1, dtype=torch.float64)
+            tensors[1].grad = torch.full((1,), 1.0 - 2 * index, dtype=torch.float64)
+
+        optimizer.step(gradients)
+        return [t.item() for t in tensors]
+
+    assert after_a_step("tensor") == pytest.approx([1, 2])
+    assert after_a_step("global") == pytest.approx([0, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sam_without_a_perturbation_is_sgd(dtype: torch.dtype) -> None:
+    ours, reference = parameters(dtype), parameters(dtype)
+    sam = _C.make_optimizer({"optimizer": "sam+", "rho": 0.0}, ours)
+    sgd = _C.make_optimizer({}, reference)
+    for step in range(4):
+        for optimizer, tensors in ((sam, ours), (sgd, reference)):
+            optimizer.set_learning_rate(0.05)
+            optimizer.step(lambda _, t=tensors, step=step: fill_gradients(t, step))
+    for mine, wanted in zip(ours, reference, strict=True):
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+        torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_sam_returns_to_its_parameters_when_the_second_pass_fails() -> None:
+    weights = parameters(torch.float32)
+    before = copies(weights)
+    optimizer = _C.make_optimizer({"optimizer": "sam"}, weights)
+    optimizer.set_learning_rate(0.1)
+
+    def gradients(index: int) -> None:
+        fill_gradients(weights, 0)
+        if index == 1:
+            assert not torch.equal(weights[0], before[0])
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(gradients)
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
 
 
 def test_gradients_are_cleared_before_the_function_runs() -> None:
@@ -155,7 +250,7 @@ def test_groups_have_their_own_rate_and_decay(kind: str) -> None:
         assert torch.equal(mine, wanted)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "sam+"])
 def test_state_continues_a_run(kind: str) -> None:
     straight = parameters(torch.float32)
     first = _C.make_optimizer(our_options(kind), straight)
@@ -167,7 +262,7 @@ def test_state_continues_a_run(kind: str) -> None:
     second.set_learning_rate(0.01)
     saved, restored = first.state(), second.state()
     assert saved.keys() == restored.keys()
-    names = {"sgd": {"momentum"}, "adam": {"mean", "square", "steps"}}[kind.rstrip("w")]
+    names = {"mean", "square", "steps"} if kind.startswith("adam") else {"momentum"}
     assert {name.split(".")[-1] for name in saved} == names
     for name, value in restored.items():
         value.copy_(saved[name])
