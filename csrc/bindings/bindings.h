@@ -10,6 +10,7 @@ namespace ntkcl::bindings {
 namespace py = pybind11;
 
 void init_core(py::module_& m);
+void init_data(py::module_& m);
 
 // [{key, type, default, allowed, low, high, choices, doc}, ...]
 py::list option_infos(const std::vector<OptionInfo>& infos);
