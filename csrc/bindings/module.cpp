@@ -3,4 +3,7 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "ntkcl's C++ core. Use the functions of the package `ntkcl`.";
   ntkcl::bindings::init_core(m);
+  ntkcl::bindings::init_methods(m);
+  ntkcl::bindings::init_nn(m);
+  ntkcl::bindings::init_train(m);
 }
