@@ -104,7 +104,7 @@ class Config(BaseModel):
 
     def _group(self, group: str) -> dict[str, Any]:
         infos = _C.describe_options()[group]
-        return {info["key"]: getattr(self, _public_key(group, info["key"])) for info in infos}
+        return {info["key"]: getattr(self, info["key"]) for info in infos}
 
     def __getattr__(self, name: str) -> Any:  # keys of the C++ core: fields that a checker cannot see
         return super().__getattr__(name)  # type: ignore[misc]
@@ -131,7 +131,7 @@ def options(method: str | None = None) -> list[Option]:
         for key, field in Config.model_fields.items()
     ]
     common = [
-        _option(_public_key(group, info["key"]), info)
+        _option(info["key"], info)
         for group in ("train", "transform", "loader")
         for info in described[group]
     ]
@@ -242,12 +242,6 @@ _TYPES: dict[str, Any] = {
     "list[int]": list[int],
     "list[float]": list[float],
 }
-# Keys of the C++ structs that need another name beside the others.
-_PUBLIC_KEYS = {("transform", "kind"): "transform", ("loader", "threads"): "loader_threads"}
-
-
-def _public_key(group: str, key: str) -> str:
-    return _PUBLIC_KEYS.get((group, key), key)
 
 
 def _own_type(key: str) -> tuple[str, Any, str]:
@@ -290,7 +284,7 @@ def _field(info: Mapping[str, Any]) -> Any:
 def _model(method: str) -> type[Config]:
     described = _C.describe_options()
     fields = {
-        _public_key(group, info["key"]): _field(info)
+        info["key"]: _field(info)
         for group in ("train", "transform", "loader")
         for info in described[group]
     }

@@ -34,11 +34,11 @@ _NTK_CL: dict[str, tuple[int, int, float, int, int, float, dict[str, Any]]] = {
     "imagenet-r": (20, 20, 0.02, 16, 20, 5e-3, {}),
     "imagenet-a": (20, 20, 0.02, 16, 20, 5e-3, {}),
     "domainnet": (23, 23, 0.02, 96, 50, 5e-3, {}),
-    "oxford-pets": (7, 5, 0.02, 96, 5, 5e-3, {"use_init_ptm": True}),
-    "eurosat": (2, 2, 1e-4, 96, 5, 5e-3, {"use_init_ptm": True}),
-    "plantvillage": (3, 3, 5e-3, 96, 5, 5e-3, {"use_init_ptm": True}),
-    "vtab": (10, 10, 0.03, 96, 45, 5e-3, {"use_init_ptm": True}),
-    "kvasir": (2, 2, 5e-3, 96, 5, 5e-3, {"use_init_ptm": True}),
+    "oxford-pets": (7, 5, 0.02, 96, 5, 5e-3, {"pretrained_feature": True}),
+    "eurosat": (2, 2, 1e-4, 96, 5, 5e-3, {"pretrained_feature": True}),
+    "plantvillage": (3, 3, 5e-3, 96, 5, 5e-3, {"pretrained_feature": True}),
+    "vtab": (10, 10, 0.03, 96, 45, 5e-3, {"pretrained_feature": True}),
+    "kvasir": (2, 2, 5e-3, 96, 5, 5e-3, {"pretrained_feature": True}),
 }
 
 
