@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,3 +22,14 @@ def assets() -> Path:
     if os.environ.get("NTKCL_REQUIRE_ASSETS") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A GPU. With NTKCL_REQUIRE_CUDA=1 its absence is a failure, so that a GPU job cannot pass by
+    skipping."""
+    if not torch.cuda.is_available():
+        if os.environ.get("NTKCL_REQUIRE_CUDA") == "1":
+            pytest.fail("NTKCL_REQUIRE_CUDA=1, but torch sees no GPU")
+        pytest.skip("torch sees no GPU")
+    return torch.device("cuda")
