@@ -14,8 +14,12 @@ namespace ntkcl::bindings {
 namespace py = pybind11;
 
 void init_core(py::module_& m);
+void init_data(py::module_& m);
 void init_methods(py::module_& m);
 void init_nn(py::module_& m);
+void init_optim(py::module_& m);
+void init_scenario(py::module_& m);
+void init_stats(py::module_& m);
 void init_train(py::module_& m);
 
 // [{key, type, default, allowed, low, high, choices, doc}, ...]
