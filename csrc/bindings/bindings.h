@@ -22,7 +22,7 @@ void init_scenario(py::module_& m);
 void init_stats(py::module_& m);
 void init_train(py::module_& m);
 
-// [{key, type, default, allowed, low, high, choices, doc}, ...]
+// [{key, type, default, allowed, low, high, low_open, high_open, choices, doc}, ...]
 py::list option_infos(const std::vector<OptionInfo>& infos);
 // A Python dict of option values; TypeError for a value that no option can hold.
 OptionMap option_map(const py::dict& values, const std::string& where);
