@@ -32,27 +32,36 @@ int32_t fixed_point(double weight) {
   return static_cast<int32_t>(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
 }
 
-// The input positions and weights of consecutive output positions of one axis.
-struct Taps {
-  int64_t stride = 0;            // weights reserved per output position
-  std::vector<int64_t> first;    // first input position
-  std::vector<int64_t> count;    // number of input positions
+// What consecutive output positions of one axis read.
+struct Axis {
+  bool shifts = false;      // every weight would be 1 or 0: output i reads first_input + i alone
+  int64_t first_input = 0;  // all inputs that are read: first_input .. first_input+inputs-1
+  int64_t inputs = 0;
+  int64_t stride = 0;            // weights reserved per output
+  std::vector<int64_t> first;    // first input of each output, relative to first_input
+  std::vector<int64_t> count;    // number of inputs of each output
   std::vector<int32_t> weights;  // (outputs, stride)
 };
 
-// Taps of outputs begin .. begin+n-1, of out_size over [low, high) of an axis of in_size.
-Taps make_taps(int64_t in_size, float low, float high, int64_t out_size, Filter filter,
+// Outputs begin .. begin+n-1, of out_size over [low, high) of an axis of in_size.
+Axis make_axis(int64_t in_size, float low, float high, int64_t out_size, Filter filter,
                int64_t begin, int64_t n) {
+  Axis axis;
+  if (low == std::floor(low) && high - low == static_cast<float>(out_size)) {
+    axis.shifts = true;
+    axis.first_input = static_cast<int64_t>(low) + begin;
+    axis.inputs = n;
+    return axis;
+  }
   const double scale = static_cast<double>(high - low) / static_cast<double>(out_size);
   const double filter_scale = std::max(scale, 1.0);
   const double support = (filter == Filter::kBilinear ? 1.0 : 2.0) * filter_scale;
   const double inverse = 1.0 / filter_scale;
-  Taps taps;
-  taps.stride = 2 * static_cast<int64_t>(std::ceil(support)) + 1;
-  taps.first.resize(n);
-  taps.count.resize(n);
-  taps.weights.resize(n * taps.stride);
-  std::vector<double> exact(taps.stride);
+  axis.stride = 2 * static_cast<int64_t>(std::ceil(support)) + 1;
+  axis.first.resize(n);
+  axis.count.resize(n);
+  axis.weights.resize(n * axis.stride);
+  std::vector<double> exact(axis.stride);
   for (int64_t i = 0; i < n; ++i) {
     const double center = low + (static_cast<double>(begin + i) + 0.5) * scale;
     const auto first = std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
@@ -64,12 +73,17 @@ Taps make_taps(int64_t in_size, float low, float high, int64_t out_size, Filter 
       sum += exact[x - first];
     }
     for (int64_t k = 0; k < last - first; ++k) {
-      taps.weights[i * taps.stride + k] = fixed_point(sum != 0.0 ? exact[k] / sum : exact[k]);
+      axis.weights[i * axis.stride + k] = fixed_point(sum != 0.0 ? exact[k] / sum : exact[k]);
     }
-    taps.first[i] = first;
-    taps.count[i] = last - first;
+    axis.first[i] = first;
+    axis.count[i] = last - first;
   }
-  return taps;
+  axis.first_input = axis.first.front();
+  axis.inputs = axis.first.back() + axis.count.back() - axis.first_input;
+  for (int64_t& first : axis.first) {
+    first -= axis.first_input;
+  }
+  return axis;
 }
 
 using Int4 = int32_t __attribute__((vector_size(16)));
@@ -83,20 +97,20 @@ NTKCL_INLINE uint8_t to_byte(int32_t sum) {
   return static_cast<uint8_t>(std::clamp(sum >> kFractionBits, 0, 255));
 }
 
-// Columns: `rows` rows of `input` to `output`, contiguous (rows, taps, 3). A pixel is read as four
-// bytes, so one byte must be readable behind the last.
+// Columns: `rows` rows of `input` to `output`, contiguous (rows, outputs, 3). A pixel is read as
+// four bytes, so one byte must be readable behind the last.
 template <int kRows>
-NTKCL_INLINE void columns_of(const uint8_t* input, int64_t row_bytes, const Taps& taps,
+NTKCL_INLINE void columns_of(const uint8_t* input, int64_t row_bytes, const Axis& axis,
                              uint8_t* output) {
-  const auto n = static_cast<int64_t>(taps.first.size());
+  const auto n = static_cast<int64_t>(axis.first.size());
   for (int64_t i = 0; i < n; ++i) {
-    const int32_t* weights = taps.weights.data() + i * taps.stride;
-    const uint8_t* pixel = input + 3 * taps.first[i];
+    const int32_t* weights = axis.weights.data() + i * axis.stride;
+    const uint8_t* pixel = input + 3 * axis.first[i];
     Int4 sums[kRows];
     for (Int4& sum : sums) {
       sum = Int4{kHalf, kHalf, kHalf, kHalf};
     }
-    for (int64_t k = 0; k < taps.count[i]; ++k, pixel += 3) {
+    for (int64_t k = 0; k < axis.count[i]; ++k, pixel += 3) {
       for (int r = 0; r < kRows; ++r) {
         Byte4 bytes;
         std::memcpy(&bytes, pixel + r * row_bytes, 4);
@@ -111,20 +125,20 @@ NTKCL_INLINE void columns_of(const uint8_t* input, int64_t row_bytes, const Taps
   }
 }
 
-NTKCL_INLINE void columns(const ImageView& input, const Taps& taps, uint8_t* output) {
-  const auto n = static_cast<int64_t>(taps.first.size());
+NTKCL_INLINE void columns(const ImageView& input, const Axis& axis, uint8_t* output) {
+  const auto n = static_cast<int64_t>(axis.first.size());
   const int64_t safe_rows = input.height - 1;  // the last row may end where the memory ends
   int64_t y = 0;
   for (; y + 4 <= safe_rows; y += 4) {
-    columns_of<4>(input.pixels + y * input.row_bytes, input.row_bytes, taps, output + 3 * y * n);
+    columns_of<4>(input.pixels + y * input.row_bytes, input.row_bytes, axis, output + 3 * y * n);
   }
   for (; y < safe_rows; ++y) {
-    columns_of<1>(input.pixels + y * input.row_bytes, input.row_bytes, taps, output + 3 * y * n);
+    columns_of<1>(input.pixels + y * input.row_bytes, input.row_bytes, axis, output + 3 * y * n);
   }
   const uint8_t* row = input.pixels + y * input.row_bytes;
   std::vector<uint8_t> padded(row, row + 3 * input.width);
   padded.push_back(0);
-  columns_of<1>(padded.data(), 0, taps, output + 3 * y * n);
+  columns_of<1>(padded.data(), 0, axis, output + 3 * y * n);
 }
 
 // Rows: one output row of `bytes` bytes from the `count` rows at `input`.
@@ -162,36 +176,35 @@ NTKCL_INLINE void row_of(const uint8_t* input, int64_t row_bytes, const int32_t*
   }
 }
 
-// `input` begins at input row `origin` of the taps.
-NTKCL_INLINE void rows(const ImageView& input, int64_t origin, const Taps& taps, uint8_t* output) {
+NTKCL_INLINE void rows(const ImageView& input, const Axis& axis, uint8_t* output) {
   const int64_t bytes = 3 * input.width;
-  for (size_t i = 0; i < taps.first.size(); ++i) {
-    row_of(input.pixels + (taps.first[i] - origin) * input.row_bytes, input.row_bytes,
-           taps.weights.data() + i * taps.stride, taps.count[i], bytes, output + i * bytes);
+  for (size_t i = 0; i < axis.first.size(); ++i) {
+    row_of(input.pixels + axis.first[i] * input.row_bytes, input.row_bytes,
+           axis.weights.data() + i * axis.stride, axis.count[i], bytes, output + i * bytes);
   }
 }
 
 // The same code for two instruction sets, chosen at run time.
+using Pass = void (*)(const ImageView& input, const Axis& axis, uint8_t* output);
 struct Passes {
-  void (*columns)(const ImageView&, const Taps&, uint8_t*);
-  void (*rows)(const ImageView&, int64_t, const Taps&, uint8_t*);
+  Pass columns;
+  Pass rows;
 };
 
-void columns_baseline(const ImageView& input, const Taps& taps, uint8_t* output) {
-  columns(input, taps, output);
+void columns_baseline(const ImageView& input, const Axis& axis, uint8_t* output) {
+  columns(input, axis, output);
 }
-void rows_baseline(const ImageView& input, int64_t origin, const Taps& taps, uint8_t* output) {
-  rows(input, origin, taps, output);
+void rows_baseline(const ImageView& input, const Axis& axis, uint8_t* output) {
+  rows(input, axis, output);
 }
 
 #if defined(__x86_64__)
-[[gnu::target("avx2")]] void columns_avx2(const ImageView& input, const Taps& taps,
+[[gnu::target("avx2")]] void columns_avx2(const ImageView& input, const Axis& axis,
                                           uint8_t* output) {
-  columns(input, taps, output);
+  columns(input, axis, output);
 }
-[[gnu::target("avx2")]] void rows_avx2(const ImageView& input, int64_t origin, const Taps& taps,
-                                       uint8_t* output) {
-  rows(input, origin, taps, output);
+[[gnu::target("avx2")]] void rows_avx2(const ImageView& input, const Axis& axis, uint8_t* output) {
+  rows(input, axis, output);
 }
 #endif
 
@@ -204,9 +217,9 @@ Passes choose_passes() {
   return {columns_baseline, rows_baseline};
 }
 
-// Whether an axis only shifts: every weight is then 1 or 0.
-bool is_shift(float low, float high, int64_t out_size) {
-  return low == std::floor(low) && high - low == static_cast<float>(out_size);
+// Pillow's choice since version 13, from the whole input whatever the box.
+bool rows_come_first(const ImageView& input, int64_t height, int64_t width) {
+  return input.height > height && input.height - height > 2 * (input.width - width);
 }
 
 void copy_rows(const ImageView& input, uint8_t* output) {
@@ -223,42 +236,32 @@ void resample(const ImageView& input, const Box& box, Filter filter, int64_t hei
   if (window.height == 0 || window.width == 0) {
     return;
   }
-  const bool shifts_columns = is_shift(box.left, box.right, width);
-  const bool shifts_rows = is_shift(box.top, box.bottom, height);
+  const Axis x =
+      make_axis(input.width, box.left, box.right, width, filter, window.left, window.width);
+  const Axis y =
+      make_axis(input.height, box.top, box.bottom, height, filter, window.top, window.height);
+  const ImageView view = input.crop(y.first_input, x.first_input, y.inputs, x.inputs);
 
-  // The input rows that the window needs.
-  Taps vertical;
-  int64_t top = static_cast<int64_t>(box.top) + window.top;
-  int64_t bottom = top + window.height;
-  if (!shifts_rows) {
-    vertical =
-        make_taps(input.height, box.top, box.bottom, height, filter, window.top, window.height);
-    top = vertical.first.front();
-    bottom = vertical.first.back() + vertical.count.back();
-  }
-  ImageView view = input.crop(top, 0, bottom - top, input.width);
-
-  // Columns.
-  std::vector<uint8_t> narrowed;
-  if (shifts_columns) {
-    view = view.crop(0, static_cast<int64_t>(box.left) + window.left, view.height, window.width);
-  } else {
-    const Taps horizontal =
-        make_taps(input.width, box.left, box.right, width, filter, window.left, window.width);
-    uint8_t* target = output;
-    if (!shifts_rows) {
-      narrowed.resize(3 * view.height * window.width);
-      target = narrowed.data();
-    }
-    passes.columns(view, horizontal, target);
-    view = {target, view.height, window.width, 3 * window.width};
-  }
-
-  // Rows.
-  if (!shifts_rows) {
-    passes.rows(view, top, vertical, output);
-  } else if (shifts_columns) {
+  // At most one pass.
+  if (x.shifts && y.shifts) {
     copy_rows(view, output);
+    return;
+  }
+  if (x.shifts || y.shifts) {
+    (x.shifts ? passes.rows : passes.columns)(view, x.shifts ? y : x, output);
+    return;
+  }
+
+  // Two.
+  std::vector<uint8_t> between;
+  if (rows_come_first(input, height, width)) {
+    between.resize(3 * window.height * view.width);
+    passes.rows(view, y, between.data());
+    passes.columns({between.data(), window.height, view.width, 3 * view.width}, x, output);
+  } else {
+    between.resize(3 * view.height * window.width);
+    passes.columns(view, x, between.data());
+    passes.rows({between.data(), view.height, window.width, 3 * window.width}, y, output);
   }
 }
 
