@@ -87,14 +87,33 @@ Axis make_axis(int64_t in_size, float low, float high, int64_t out_size, Filter 
 }
 
 using Int4 = int32_t __attribute__((vector_size(16)));
-using Byte4 = uint8_t __attribute__((vector_size(4)));
-using Int8 = int32_t __attribute__((vector_size(32)));
-using Byte8 = uint8_t __attribute__((vector_size(8)));
+using Byte16 = uint8_t __attribute__((vector_size(16)));
 
 #define NTKCL_INLINE [[gnu::always_inline]] inline
 
-NTKCL_INLINE uint8_t to_byte(int32_t sum) {
-  return static_cast<uint8_t>(std::clamp(sum >> kFractionBits, 0, 255));
+// Bytes kFirst .. kFirst+3 as integers. Note: a shuffle, since compilers take
+// __builtin_convertvector apart into single elements.
+template <int kFirst>
+NTKCL_INLINE Int4 widen(Byte16 b) {
+  constexpr int i = kFirst;
+  return reinterpret_cast<Int4>(__builtin_shufflevector(b, Byte16{}, i, 16, 16, 16, i + 1, 16, 16,
+                                                        16, i + 2, 16, 16, 16, i + 3, 16, 16, 16));
+}
+
+// Sums to pixel values, one in the low byte of each element.
+NTKCL_INLINE Byte16 to_bytes(Int4 sums) {
+  Int4 value = sums >> kFractionBits;
+  value = value < 0 ? Int4{} : value;
+  value = value > 255 ? Int4{} + 255 : value;
+  return reinterpret_cast<Byte16>(value);
+}
+
+NTKCL_INLINE Byte16 pack(const Int4 (&sums)[4]) {
+  const Byte16 low = __builtin_shufflevector(to_bytes(sums[0]), to_bytes(sums[1]), 0, 4, 8, 12, 16,
+                                             20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
+  const Byte16 high = __builtin_shufflevector(to_bytes(sums[2]), to_bytes(sums[3]), 0, 4, 8, 12, 16,
+                                              20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
 }
 
 // Columns: `rows` rows of `input` to `output`, contiguous (rows, outputs, 3). A pixel is read as
@@ -105,22 +124,28 @@ NTKCL_INLINE void columns_of(const uint8_t* input, int64_t row_bytes, const Axis
   const auto n = static_cast<int64_t>(axis.first.size());
   for (int64_t i = 0; i < n; ++i) {
     const int32_t* weights = axis.weights.data() + i * axis.stride;
+    const int64_t count = axis.count[i];
     const uint8_t* pixel = input + 3 * axis.first[i];
     Int4 sums[kRows];
-    for (Int4& sum : sums) {
-      sum = Int4{kHalf, kHalf, kHalf, kHalf};
-    }
-    for (int64_t k = 0; k < axis.count[i]; ++k, pixel += 3) {
-      for (int r = 0; r < kRows; ++r) {
-        Byte4 bytes;
-        std::memcpy(&bytes, pixel + r * row_bytes, 4);
-        sums[r] += __builtin_convertvector(bytes, Int4) * weights[k];
-      }
-    }
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      for (int channel = 0; channel < 3; ++channel) {
-        output[3 * (r * n + i) + channel] = to_byte(sums[r][channel]);
+      sums[r] = Int4{} + kHalf;
+    }
+    for (int64_t k = 0; k < count; ++k, pixel += 3) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        int32_t bytes;
+        std::memcpy(&bytes, pixel + r * row_bytes, 4);
+        sums[r] += widen<0>(reinterpret_cast<Byte16>(Int4{bytes})) * weights[k];
       }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Byte16 bytes = to_bytes(sums[r]);
+      uint8_t* target = output + 3 * (r * n + i);
+      target[0] = bytes[0];
+      target[1] = bytes[4];
+      target[2] = bytes[8];
     }
   }
 }
@@ -144,35 +169,26 @@ NTKCL_INLINE void columns(const ImageView& input, const Axis& axis, uint8_t* out
 // Rows: one output row of `bytes` bytes from the `count` rows at `input`.
 NTKCL_INLINE void row_of(const uint8_t* input, int64_t row_bytes, const int32_t* weights,
                          int64_t count, int64_t bytes, uint8_t* output) {
-  constexpr int kVectors = 4;
-  constexpr int64_t kBlock = 8 * kVectors;
   int64_t x = 0;
-  for (; x + kBlock <= bytes; x += kBlock) {
-    Int8 sums[kVectors];
-    for (Int8& sum : sums) {
-      sum = Int8{} + kHalf;
-    }
+  for (; x + 16 <= bytes; x += 16) {
+    Int4 sums[4] = {Int4{} + kHalf, Int4{} + kHalf, Int4{} + kHalf, Int4{} + kHalf};
     for (int64_t k = 0; k < count; ++k) {
-      for (int v = 0; v < kVectors; ++v) {
-        Byte8 pixels;
-        std::memcpy(&pixels, input + k * row_bytes + x + 8 * v, 8);
-        sums[v] += __builtin_convertvector(pixels, Int8) * weights[k];
-      }
+      Byte16 pixels;
+      std::memcpy(&pixels, input + k * row_bytes + x, 16);
+      sums[0] += widen<0>(pixels) * weights[k];
+      sums[1] += widen<4>(pixels) * weights[k];
+      sums[2] += widen<8>(pixels) * weights[k];
+      sums[3] += widen<12>(pixels) * weights[k];
     }
-    for (int v = 0; v < kVectors; ++v) {
-      Int8 value = sums[v] >> kFractionBits;
-      value = value < 0 ? Int8{} : value;
-      value = value > 255 ? Int8{} + 255 : value;
-      const Byte8 pixels = __builtin_convertvector(value, Byte8);
-      std::memcpy(output + x + 8 * v, &pixels, 8);
-    }
+    const Byte16 values = pack(sums);
+    std::memcpy(output + x, &values, 16);
   }
   for (; x < bytes; ++x) {
     int32_t sum = kHalf;
     for (int64_t k = 0; k < count; ++k) {
       sum += input[k * row_bytes + x] * weights[k];
     }
-    output[x] = to_byte(sum);
+    output[x] = static_cast<uint8_t>(std::clamp(sum >> kFractionBits, 0, 255));
   }
 }
 
