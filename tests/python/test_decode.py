@@ -39,7 +39,9 @@ def png(colour_type: int, bits: int, rows: NDArray[Any], *chunks: tuple[bytes, b
     """A PNG of the kinds that Pillow does not write; `rows` holds each row's bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     pixels_per_row = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour_type] * bits
     header = struct.pack(

@@ -88,10 +88,12 @@ def test_chosen_sizes(name: str, size: tuple[int, int], out: tuple[int, int]) ->
 @pytest.mark.parametrize("name", FILTERS)
 def test_box_that_only_shifts_one_axis(name: str) -> None:
     array = random_image(np.random.default_rng(8), 40, 60)
-    for box, out in [((5, 3, 25, 33), (60, 20)), ((5, 3, 25, 33), (30, 77)), ((5, 3, 25, 33), (30, 20))]:  # noqa: E501
-        assert np.array_equal(
-            _C.resample(array, *out, name, box), pillow(array, *out, name, box)
-        )
+    for box, out in [
+        ((5, 3, 25, 33), (60, 20)),
+        ((5, 3, 25, 33), (30, 77)),
+        ((5, 3, 25, 33), (30, 20)),
+    ]:
+        assert np.array_equal(_C.resample(array, *out, name, box), pillow(array, *out, name, box))
 
 
 def test_bad_arguments_are_named() -> None:
