@@ -6,6 +6,7 @@
 namespace ntkcl::bindings {
 namespace {
 
+// NOLINTNEXTLINE(performance-unnecessary-value-param): the signature is pybind11's.
 void translate(std::exception_ptr pointer) {
   if (!pointer) {
     return;

@@ -63,20 +63,14 @@ void init_stats(py::module_& m) {
       .def("add", &ClassMeans::add, py::arg("features"), py::arg("labels"),
            "A batch: features (b, width), int64 labels (b).")
       .def_property_readonly("counts", &ClassMeans::counts, "Images of each class.")
-      .def(
-          "result",
-          [](const ClassMeans& means, py::object dtype) {
-            return means.result(py::cast<at::ScalarType>(std::move(dtype)));
-          },
-          py::arg("dtype"),
-          "(classes, width) in dtype; ValueError names a class without an image.");
+      .def("result", &ClassMeans::result, py::arg("dtype"),
+           "(classes, width) in dtype; ValueError names a class without an image.");
   m.def("section_drift", &stats::section_drift, py::arg("before"), py::arg("after"),
         py::arg("prototypes"), py::arg("section_width"), py::arg("tau"),
-        "Shift of each old prototype, section by section (NTK-CL): (n, D), (n, D), (k, D) -> (k, "
-        "D).");
+        "Shift of old prototypes by section (NTK-CL): (n, D), (n, D), (k, D) -> (k, D).");
   m.def("gaussian_drift", &stats::gaussian_drift, py::arg("before"), py::arg("after"),
         py::arg("prototypes"), py::arg("sigma"), py::arg("floor") = 1e-5,
-        "Shift of each old prototype (RAA 5.2): (n, D), (n, D), (k, D) -> (k, D).");
+        "Shift of old prototypes (RAA 5.2): (n, D), (n, D), (k, D) -> (k, D).");
 }
 
 }  // namespace ntkcl::bindings

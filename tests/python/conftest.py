@@ -1,4 +1,4 @@
-"""What all tests share: where real data is, and how many threads torch takes."""
+"""What all tests share: where real data is, and whether there is a GPU."""
 
 import os
 from pathlib import Path
@@ -26,8 +26,10 @@ def assets() -> Path:
 
 @pytest.fixture
 def cuda() -> torch.device:
-    """A GPU. With NTKCL_REQUIRE_CUDA=1 its absence is a failure, so that a GPU job cannot pass by
-    skipping."""
+    """A GPU.
+
+    With NTKCL_REQUIRE_CUDA=1 its absence is a failure, so that a GPU job cannot pass by skipping.
+    """
     if not torch.cuda.is_available():
         if os.environ.get("NTKCL_REQUIRE_CUDA") == "1":
             pytest.fail("NTKCL_REQUIRE_CUDA=1, but torch sees no GPU")

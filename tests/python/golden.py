@@ -42,7 +42,9 @@ class Golden:
             tolerance = 5 * relative32 * largest + absolute32
         error = (actual.double().reshape(expected.shape) - expected).abs()
         worst = error.max().item() if error.numel() else 0.0
-        assert worst <= tolerance, f"{name}: error {worst:.3e} > {tolerance:.3e} (max {largest:.3e})"
+        assert worst <= tolerance, (
+            f"{name}: error {worst:.3e} > {tolerance:.3e} (max {largest:.3e})"
+        )
 
 
 def load(method: str, name: str) -> Golden:

@@ -189,16 +189,20 @@ def test_cuda_files_are_built_with_cuda_only() -> None:
         assert not re.search(r'#include\s*[<"](cuda|ATen/cuda|c10/cuda)', text), name
 
 
-def test_every_cuda_front_end_has_a_stub() -> None:
-    # x_cuda.cpp is replaced by x_no_cuda.cpp where there is no CUDA; kernels (.cu) have no callers
-    # but the front ends.
-    fronts = {
-        name.removesuffix("_cuda.cpp")
-        for name in cmake_list("NTKCL_CUDA_SOURCES")
-        if not name.endswith(".cu")
+def test_every_operator_has_a_stub_for_builds_without_cuda() -> None:
+    def text(name: str) -> str:
+        return (CSRC / name).read_text()
+
+    fronts = [name for name in cmake_list("NTKCL_CUDA_SOURCES") if name.endswith(".cpp")]
+    registered = {op for name in fronts for op in re.findall(r'm\.impl\("(\w+)"', text(name))}
+    stubs = {
+        op
+        for name in cmake_list("NTKCL_NO_CUDA_SOURCES")
+        for op in re.findall(r'"(\w+)"', text(name).partition("TORCH_LIBRARY_IMPL")[2])
     }
-    stubs = {name.removesuffix("_no_cuda.cpp") for name in cmake_list("NTKCL_NO_CUDA_SOURCES")}
-    assert fronts == stubs
+    defined = set(re.findall(r'm\.def\(\s*"(\w+)\(', text("ntkcl/ops/schema.cpp")))
+    assert registered == defined
+    assert stubs == defined
 
 
 # ---- CONTRIBUTING.md -----------------------------------------------------------------------------

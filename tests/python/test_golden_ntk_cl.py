@@ -37,7 +37,7 @@ def pixels(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def leaves(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {name: t.to(dtype).requires_grad_() for name, t in tensors.items()}
+    return {name: t.to(dtype, copy=True).requires_grad_() for name, t in tensors.items()}
 
 
 def release_options(config: dict, **extra) -> dict:
@@ -137,7 +137,7 @@ def test_cross_entropy(tag, dtype):
     g = load("c_losses")
     n_old = len(g[f"{tag}.prototypes"]) - len(g[f"{tag}.head.weight"])
     for kind in ("channel", "patch", "fused"):
-        x = g[f"{tag}.features.{kind}"].to(dtype).requires_grad_()
+        x = g[f"{tag}.features.{kind}"].to(dtype, copy=True).requires_grad_()
         head = leaves(g.under(f"{tag}.head."), dtype)
         logits = _C.cosine_logits(x, head["weight"], head["sigma"])
         g.check(f"{tag}.logits.{kind}", logits, PASS)
@@ -153,7 +153,7 @@ def test_cross_entropy(tag, dtype):
 @pytest.mark.parametrize("tag", loss_tags())
 def test_dissimilarity(tag, dtype):
     g = load("c_losses")
-    fused = g[f"{tag}.features.fused"].to(dtype).requires_grad_()
+    fused = g[f"{tag}.features.fused"].to(dtype, copy=True).requires_grad_()
     draws = g[f"{tag}.draws"]
     old = g[f"{tag}.prototypes"].to(dtype)[draws]
     loss = _C.dissimilarity("release", fused, g[f"{tag}.labels"], old, draws, g.config["tau"])
@@ -169,7 +169,7 @@ def test_orthogonality(tag, dtype):
     rows = g[f"{tag}.prototypes"].to(dtype)
     n_old = len(rows) - len(g[f"{tag}.head.weight"])
     direction = _C.signed_direction(_C.old_basis(rows[:n_old], g.config["k"]))
-    inputs = {k: g[f"{tag}.features.{k}"].to(dtype).requires_grad_() for k in ("channel", "patch")}
+    inputs = {k: g[f"{tag}.features.{k}"].to(dtype, copy=True).requires_grad_() for k in ("channel", "patch")}
     loss = sum(_C.signed_sum(x, direction) for x in inputs.values())
     g.check(f"{tag}.l_orth", loss, LOSS, LOSS_ABSOLUTE)
     loss.backward()

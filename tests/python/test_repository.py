@@ -75,6 +75,19 @@ def test_text_is_utf8_with_unix_lines_and_a_last_newline() -> None:
         assert not content or content.endswith(b"\n"), f"{path}: no newline at the end"
 
 
+def test_no_line_of_source_is_longer_than_100_columns() -> None:
+    # clang-format does not break comments, ruff does not read the rest.
+    suffixes = {".cpp", ".cu", ".cuh", ".h", ".py"}
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in text_files()
+        if path.suffix in suffixes and path.name != "_C.pyi"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if len(line) > 100
+    ]
+    assert not long
+
+
 def test_no_file_of_mixed_leftovers() -> None:
     leftovers = {"utils", "util", "helpers", "helper", "misc", "common"}
     assert not [path for path in tracked_files() if path.stem in leftovers]

@@ -1,0 +1,92 @@
+"""A plain PyTorch vision transformer in timm's layout: the slow truth that other code is held to.
+
+Written for reading: one function per equation, no option, any floating dtype, differentiable.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+EPS = 1e-6
+
+
+def depth_of(weights: dict[str, Tensor]) -> int:
+    """Number of blocks, from the key names."""
+    blocks = {int(m[1]) for key in weights if (m := re.match(r"blocks\.(\d+)\.", key))}
+    return len(blocks)
+
+
+def expected_shapes(
+    width: int, depth: int, tokens: int, patch: int, mlp: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Every key of a headless transformer and its shape; tokens counts the class token."""
+    mlp = mlp or 4 * width
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, tokens, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    layers = {
+        "norm1": (width,),
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        "norm2": (width,),
+        "mlp.fc1": (mlp, width),
+        "mlp.fc2": (width, mlp),
+    }
+    for block in range(depth):
+        for layer, shape in layers.items():
+            shapes[f"blocks.{block}.{layer}.weight"] = shape
+            shapes[f"blocks.{block}.{layer}.bias"] = shape[:1]
+    return shapes
+
+
+def layer_norm(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+    return functional.layer_norm(x, weight.shape, weight, bias, EPS)
+
+
+def linear(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+
+def tokens_of(weights: dict[str, Tensor], images: Tensor) -> Tensor:
+    """(b, 3, S, S), normalised -> (b, 1 + patches, width): class token first, positions added."""
+    kernel = weights["patch_embed.proj.weight"]
+    x = functional.conv2d(
+        images, kernel, weights["patch_embed.proj.bias"], stride=kernel.shape[-2:]
+    )
+    x = x.flatten(2).transpose(1, 2)  # (b, patches, width)
+    cls = weights["cls_token"].expand(len(x), -1, -1)
+    return torch.cat([cls, x], dim=1) + weights["pos_embed"]
+
+
+def attention(weights: dict[str, Tensor], name: str, x: Tensor, heads: int) -> Tensor:
+    b, n, width = x.shape
+    head = width // heads
+    qkv = linear(weights, f"{name}.qkv", x).view(b, n, 3, heads, head)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, n, head)
+    share = (q @ k.transpose(-2, -1) * head**-0.5).softmax(dim=-1)
+    return linear(weights, f"{name}.proj", (share @ v).transpose(1, 2).reshape(b, n, width))
+
+
+def mlp(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return linear(weights, f"{name}.fc2", functional.gelu(linear(weights, f"{name}.fc1", x)))
+
+
+def block(weights: dict[str, Tensor], name: str, x: Tensor, heads: int) -> Tensor:
+    x = x + attention(weights, f"{name}.attn", layer_norm(weights, f"{name}.norm1", x), heads)
+    return x + mlp(weights, f"{name}.mlp", layer_norm(weights, f"{name}.norm2", x))
+
+
+def reference_features(weights: dict[str, Tensor], images: Tensor, heads: int) -> Tensor:
+    """The class token after the last norm, (b, width); weights and images share one dtype."""
+    x = tokens_of(weights, images)
+    for index in range(depth_of(weights)):
+        x = block(weights, f"blocks.{index}", x, heads)
+    return layer_norm(weights, "norm", x)[:, 0]
