@@ -1,8 +1,8 @@
 """Continual learning with parameter-efficient fine-tuning of vision transformers.
 
-    import ntkcl
-    result = ntkcl.train()                      # the embedded default, under a minute
-    result = ntkcl.train(preset="ntk-cl/cifar100-in21k", data_root="~/data")
+import ntkcl
+result = ntkcl.train()                      # the embedded default, under a minute
+result = ntkcl.train(preset="ntk-cl/cifar100-in21k", data_root="~/data")
 """
 
 import ntkcl._torch_check  # noqa: F401  # first of all

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ntkcl.names import did_you_mean
 
-DEFAULT_BACKBONE = "vit_formula_patch4_32"
+DEFAULT_BACKBONE = "vit_formula_patch8_32"
 _HALF = (0.5, 0.5, 0.5)
 
 
@@ -62,10 +62,10 @@ _BACKBONES = {
     for backbone in (
         Backbone(
             DEFAULT_BACKBONE,
-            width=128,
-            depth=4,
-            heads=4,
-            patch_size=4,
+            width=96,
+            depth=6,
+            heads=3,
+            patch_size=8,
             image_size=32,
             asset=f"{DEFAULT_BACKBONE}.safetensors",
         ),
@@ -135,7 +135,9 @@ def sha256_of(path: Path) -> str:
 def _given(weights: str | os.PathLike[str]) -> Path:
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"[weights] expected a safetensors file, got '{path}': no such file")
+        raise FileNotFoundError(
+            f"[weights] expected a safetensors file, got '{path}': no such file"
+        )
     return path
 
 

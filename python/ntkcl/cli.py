@@ -10,7 +10,10 @@ What is wrong in what was given ends as one line on stderr with exit code 2, Ctr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import keyword
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -26,7 +29,7 @@ from ntkcl.api import run
 from ntkcl.backbones import backbone_info
 from ntkcl.datasets import list_datasets
 from ntkcl.names import did_you_mean
-from ntkcl.presets import PRESETS
+from ntkcl.presets import PRESETS, PUBLISHED
 from ntkcl.progress import result_table
 
 _USER_ERRORS = (ValueError, TypeError, OSError)
@@ -88,13 +91,7 @@ def _train(words: list[str]) -> None:
 
 def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     """The configuration file and the keys that a command line gives, under their dotted names."""
-    parsed, unknown = tyro.cli(
-        _arguments(),
-        args=words,
-        prog="ntkcl train",
-        description=_train.__doc__,
-        return_unknown_args=True,
-    )
+    parsed, unknown = _parse(words)
     options = {option.key: option for option in config.options()}
     if unknown:
         _refuse(unknown[0], list(options))
@@ -107,40 +104,77 @@ def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     }
 
 
+def _parse(words: Sequence[str]) -> tuple[Any, list[str]]:
+    """tyro's parser, with its boxed complaints (a value that is missing) as a ValueError."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                _arguments(),
+                args=words,
+                prog="ntkcl train",
+                description=(
+                    f"{_train.__doc__} Variant, preset, data set and backbone change some of the "
+                    "defaults below; with no arguments: digits on the embedded backbone."
+                ),
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
+        raise ValueError(f"[config] {lines[1] if len(lines) > 1 else lines}") from None
+
+
 def _arguments() -> type[Any]:
     """Every key as an argument that is unset by default, so that only what is given wins over
     presets; a method's keys stand in a group of their own."""
-    fields: list[Any] = [("config", _argument("FILE", "TOML file with any of these keys", ""), _UNSET)]
+    fields: list[Any] = [
+        ("config", _argument("config", "FILE", "TOML file with these keys"), _UNSET)
+    ]
     groups: dict[str, list[Any]] = {}
     for option in config.options():
         section, _, name = option.key.rpartition(".")
-        is_list = option.type.startswith("list")
-        allowed = option.allowed.removeprefix("one of: ")
-        default = "none" if option.default is None else _default_text(option.default)
-        hint = f"(default: {default}{'; ' + allowed if allowed else ''})"
-        metavar = option.type.upper() if not is_list else option.type[5:-1].upper() + " ..."
-        kind = _argument(metavar, option.doc, hint, list[str] if is_list else str)
-        unset = dataclasses.field(default_factory=lambda: _UNSET_LIST) if is_list else _UNSET
-        (groups.setdefault(section, []) if section else fields).append((name, kind, unset))
+        (groups.setdefault(section, []) if section else fields).append(_field(name, option))
     for section, members in groups.items():
         group = dataclasses.make_dataclass(f"{section}_options", members)
         fields.append((section, group, dataclasses.field(default_factory=group)))
     return dataclasses.make_dataclass("Train", fields)
 
 
-def _argument(metavar: str, doc: str, hint: str, kind: Any = str) -> Any:
-    return Annotated[kind, tyro.conf.arg(help=doc, metavar=metavar, help_behavior_hint=hint)]
+def _field(name: str, option: config.Option) -> Any:
+    """One argument of the dataclass that tyro reads. Values stay text: the configuration says what
+    is wrong with them in the same words everywhere."""
+    is_list = option.type.startswith("list")
+    metavar, allowed = option.type.upper(), option.allowed
+    if is_list:
+        metavar = option.type[5:-1].upper() + " ..."
+    if allowed.startswith("one of: "):
+        metavar, allowed = "{" + allowed.removeprefix("one of: ").replace(", ", ",") + "}", ""
+    hint = "; ".join(filter(None, (allowed, f"default: {_default_text(option.default)}")))
+    kind = _argument(name, metavar, option.doc, f"({hint})", list[str] if is_list else str)
+    unset = dataclasses.field(default_factory=lambda: _UNSET_LIST) if is_list else _UNSET
+    return (_attribute_name(name), kind, unset)
+
+
+def _argument(name: str, metavar: str, doc: str, hint: str = "", kind: Any = str) -> Any:
+    about = tyro.conf.arg(name=name, help=doc, metavar=metavar, help_behavior_hint=hint)
+    return Annotated[kind, about]
+
+
+def _attribute_name(name: str) -> str:
+    return name + "_" if keyword.iskeyword(name) else name
 
 
 def _default_text(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _attribute(parsed: Any, key: str) -> Any:
     for part in key.split("."):
-        parsed = getattr(parsed, part)
+        parsed = getattr(parsed, _attribute_name(part))
     return parsed
 
 
@@ -173,12 +207,15 @@ def _datasets(_: list[str]) -> None:
 
 
 def _presets(_: list[str]) -> None:
-    """List the published settings."""
-    keys = ("initial_classes", "increment", "learning_rate", "batch_size", "epochs", "weight_decay")
-    _print_table(
-        ["preset", *keys],
-        [[name, *(str(preset[key]) for key in keys)] for name, preset in PRESETS.items()],
-    )
+    """List the published settings, with the accuracies published for them."""
+    rows = []
+    for name, preset in PRESETS.items():
+        classes = f"{preset['initial_classes']}+{preset['increment']}"
+        keys = ("learning_rate", "batch_size", "epochs", "weight_decay")
+        average, final = PUBLISHED[name]
+        accuracies = (f"{average:.2f}", f"{final:.2f}")
+        rows.append([name, classes, *(f"{preset[key]:g}" for key in keys), *accuracies])
+    _print_table(["preset", "classes", "rate", "batch", "epochs", "decay", "mean", "final"], rows)
 
 
 def _backbones(_: list[str]) -> None:
@@ -186,9 +223,9 @@ def _backbones(_: list[str]) -> None:
     rows = []
     for name in ntkcl.list_backbones():
         known = backbone_info(name)
-        sizes = (known.width, known.depth, known.heads, known.patch_size, known.image_size)
-        rows.append([name, *map(str, sizes), known.hub_id or "in the package"])
-    _print_table(["backbone", "width", "depth", "heads", "patch", "image", "weights"], rows)
+        sizes = (known.depth, known.width, known.heads, known.patch_size, known.image_size)
+        rows.append([name, *map(str, sizes)])
+    _print_table(["backbone", "blocks", "width", "heads", "patch", "image"], rows)
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -209,7 +246,9 @@ def _print_help() -> None:
 
 
 def _print_table(head: list[str], rows: list[list[str]]) -> None:
-    table = Table(*head, box=box.SIMPLE_HEAD, show_header=any(head))
+    table = Table(box=box.SIMPLE_HEAD, show_header=any(head), padding=(0, 1, 0, 0))
+    for column, name in enumerate(head):
+        table.add_column(name, no_wrap=column == 0)
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -27,7 +27,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from ntkcl import _C, presets
-from ntkcl.backbones import DEFAULT_BACKBONE, backbone_info
+from ntkcl.backbones import DEFAULT_BACKBONE, backbone_info, list_backbones
 from ntkcl.names import did_you_mean
 
 ARRAYS = "arrays"  # the value of `dataset` that stands for arrays in memory
@@ -43,7 +43,7 @@ class Normalization(BaseModel):
 
 
 class Config(BaseModel):
-    """The resolved configuration of a run. Made by `resolve`, which adds the keys of the C++ core."""
+    """The resolved configuration of a run, made by `resolve`, which adds the core's keys."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True
@@ -56,7 +56,7 @@ class Config(BaseModel):
     preset: str | None = Field(None, description="published settings by name; see list_presets()")
     dataset: str = Field(
         "digits",
-        description="name, folder (train/<class>/*, test/<class>/*) or zip of it; see list_datasets()",
+        description="name, see list_datasets(); or folder or zip with {train,test}/<class>/*",
     )
     data_root: str | None = Field(None, description="folder that holds the named data sets")
     train_per_class: Annotated[int, Field(ge=1)] | None = Field(
@@ -73,10 +73,11 @@ class Config(BaseModel):
     )
     normalize: Literal["none", "weights"] | Normalization = Field(
         "weights",
-        description="'none': pixels in [0, 1]; 'weights': the backbone's mean and std; or {mean, std}",
+        description="'none': pixels in [0, 1]; 'weights': the backbone's; or {mean, std}",
     )
     class_order: Literal["seed", "natural"] | list[int] = Field(
-        "seed", description="'seed': permuted by the seed; 'natural': as the data set; or class indices"
+        "seed",
+        description="'seed': permuted by the seed; 'natural': as the data set; or class indices",
     )
     output: str | None = Field(None, description="run folder; none: runs/<method>-<dataset>-<time>")
     progress: bool = Field(True, description="show progress")
@@ -106,7 +107,9 @@ class Config(BaseModel):
         infos = _C.describe_options()[group]
         return {info["key"]: getattr(self, info["key"]) for info in infos}
 
-    def __getattr__(self, name: str) -> Any:  # keys of the C++ core: fields that a checker cannot see
+    def __getattr__(
+        self, name: str
+    ) -> Any:  # keys of the C++ core: fields that a checker cannot see
         return super().__getattr__(name)  # type: ignore[misc]
 
 
@@ -173,7 +176,7 @@ def resolve(
     variant = _select(chosen, "variant", list(variants) or list(_VARIANT_NORMALIZE))
     _check_sections(given, method)
 
-    backbone = _select(chosen, "backbone", None)
+    backbone = _select(chosen, "backbone", list_backbones())
     dataset = _select(chosen, "dataset", None)
     section = methods[method]["section"]
     layers: list[Mapping[str, Any]] = [
@@ -274,7 +277,8 @@ def _field(info: Mapping[str, Any]) -> Any:
         for bound in (opened if info[f"{side}_open"] else closed,)
     }
     if bounds and info["type"].startswith("list"):
-        kind = list[Annotated[_TYPES[info["type"][5:-1]], Field(**bounds)]]
+        element: Any = Annotated[_TYPES[info["type"][5:-1]], Field(**bounds)]
+        kind = list[element]
     elif bounds:
         kind = Annotated[kind, Field(**bounds)]
     return (kind, Field(info["default"], description=info["doc"]))
@@ -381,7 +385,8 @@ def _check_combinations(config: Config) -> None:
         )
     if config.milestones and config.schedule != "multistep":
         raise ValueError(
-            f"[config] 'milestones': expected schedule 'multistep', got schedule '{config.schedule}'"
+            "[config] 'milestones': expected schedule 'multistep', "
+            f"got schedule '{config.schedule}'"
         )
     order = config.class_order
     if isinstance(order, list) and sorted(order) != list(range(len(order))):
@@ -398,7 +403,9 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if key in sections:
             if not isinstance(value, Mapping):
-                raise TypeError(f"[config] '{key}': expected a table of options, got {_shown(value)}")
+                raise TypeError(
+                    f"[config] '{key}': expected a table of options, got {_shown(value)}"
+                )
             pairs = {f"{key}.{inner}": plain_value(v) for inner, v in value.items()}
         else:
             pairs = {key: plain_value(value)}

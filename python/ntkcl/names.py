@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """By the part after the dot ("eta"), by initials ("lr"), by spelling; None where nothing is near."""
+    """By the part after the dot ("eta"), by initials ("lr"), by its beginning, by spelling; None
+    where nothing is near."""
     names = list(known)
     plain = word.replace("-", "_").lower()
     lasts = {name.rpartition(".")[2]: name for name in reversed(names)}
@@ -16,6 +17,9 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     for last, name in lasts.items():
         initials = "".join(part[:1] for part in last.split("_"))
         if len(initials) > 1 and plain == initials:
+            return name
+    for name in names:
+        if name.startswith(word) and len(word) > 3:
             return name
     close = difflib.get_close_matches(plain, [*names, *lasts], n=1) or difflib.get_close_matches(
         word, names, n=1

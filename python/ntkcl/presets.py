@@ -93,5 +93,5 @@ DATASET_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def list_presets() -> list[str]:
-    """Names of the presets, "<method>-settings of <data set> on <weights>": "ntk-cl/cifar100-in21k"."""
+    """Names of the presets, <method>/<data set>-<weights>: "ntk-cl/cifar100-in21k"."""
     return list(PRESETS)

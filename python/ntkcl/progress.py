@@ -155,8 +155,7 @@ def result_table(result: Result) -> Table:
     for e in result.evaluations:
         numbers = (e.top1, e.new_classes, e.old_classes, e.task_id, e.within_task)
         table.add_row(str(e.task + 1), *(percent(number) for number in numbers))
-    numbers = "   ".join(f"{name} {text}" for name, text in result.headline().items())
-    table.caption = numbers
+    table.caption = "   ".join(f"{name} {text}" for name, text in result.headline().items())
     return table
 
 

@@ -36,7 +36,9 @@ class FakeTrainer:
         self, on_event: Callable[[Event], None] | None, should_stop: Callable[[], bool] | None
     ) -> dict[str, Any]:
         tell = on_event or (lambda event: None)
-        tell({"event": "run_begin", "tasks": self.tasks, "task_sizes": [2] * self.tasks, "steps": 12})
+        tell(
+            {"event": "run_begin", "tasks": self.tasks, "task_sizes": [2] * self.tasks, "steps": 12}
+        )
         for task in range(self.tasks):
             if task == self.fail_at:
                 raise self.error
@@ -46,7 +48,9 @@ class FakeTrainer:
         return self._result()
 
     def _task(self, task: int, tell: Callable[[Event], None]) -> None:
-        tell({"event": "task_begin", "task": task, "classes": [0, 1], "train_images": 64, "steps": 4})
+        tell(
+            {"event": "task_begin", "task": task, "classes": [0, 1], "train_images": 64, "steps": 4}
+        )
         for step in range(4):
             tell(
                 {
@@ -72,7 +76,9 @@ class FakeTrainer:
                 "images_per_second": 128.0,
             }
         )
-        tell({"event": "stage", "task": task, "name": "prototypes", "images_done": 64, "images": 64})
+        tell(
+            {"event": "stage", "task": task, "name": "prototypes", "images_done": 64, "images": 64}
+        )
         tell({"event": "evaluation", **self._evaluation(task)})
         tell({"event": "task_end", "task": task, "seconds": 1.0})
 
@@ -110,7 +116,10 @@ class FakeTrainer:
             "skipped_images": 0,
             "state": {"head.weight": torch.ones(2, 3), "prototypes": torch.zeros(6, 4)},
             "predictions": [
-                (torch.zeros(20 * (t + 1), dtype=torch.int64), torch.zeros(20 * (t + 1), dtype=torch.int64))
+                (
+                    torch.zeros(20 * (t + 1), dtype=torch.int64),
+                    torch.zeros(20 * (t + 1), dtype=torch.int64),
+                )
                 for t in range(self.tasks)
             ],
         }
