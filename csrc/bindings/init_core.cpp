@@ -6,6 +6,7 @@
 namespace ntkcl::bindings {
 namespace {
 
+// NOLINTNEXTLINE(performance-unnecessary-value-param): the signature is pybind11's.
 void translate(std::exception_ptr pointer) {
   if (!pointer) {
     return;
@@ -70,6 +71,10 @@ py::list option_infos(const std::vector<OptionInfo>& infos) {
     entry["type"] = info.type;
     entry["default"] = py::cast(info.default_value);
     entry["allowed"] = info.allowed.text();
+    entry["low"] = info.allowed.low;
+    entry["high"] = info.allowed.high;
+    entry["low_open"] = info.allowed.low_open;
+    entry["high_open"] = info.allowed.high_open;
     entry["choices"] = info.allowed.choices;
     entry["doc"] = info.doc;
     list.append(entry);

@@ -1,7 +1,9 @@
 # The torch that ${Python_EXECUTABLE} imports, as targets:
-#   Torch::torch    libtorch of that wheel, with its headers
+#   Torch::torch    libtorch of that wheel, with its headers; without its CUDA part
+#   Torch::cuda     the CUDA part, where the wheel has one
 #   Torch::python   libtorch_python, for extension modules
-# Sets TORCH_VERSION, TORCH_DIR, TORCH_CUDA_VERSION (empty for a CPU-only torch).
+# Sets TORCH_VERSION, TORCH_DIR, TORCH_CUDA_VERSION (empty for a CPU-only torch) and TORCH_RPATH,
+# the folders of the wheel's libraries relative to site-packages: its CUDA runtime comes from there.
 
 set(_query "import torch, os; print(torch.__version__); print(os.path.dirname(torch.__file__)); print(torch.version.cuda or ''); print(int(torch._C._GLIBCXX_USE_CXX11_ABI)); print('end')")
 # The second try, -E, reaches the target environment from pip's isolated build.
@@ -28,25 +30,35 @@ find_package_handle_standard_args(TorchPython
   REASON_FAILURE_MESSAGE "Could not import torch with ${Python_EXECUTABLE}. Install torch first (pip install torch)")
 
 if(TorchPython_FOUND AND NOT TARGET Torch::torch)
-  set(_libs torch torch_cpu c10)
-  if(TORCH_CUDA_VERSION)
-    list(APPEND _libs torch_cuda c10_cuda)
-  endif()
-  add_library(Torch::torch INTERFACE IMPORTED)
-  foreach(_lib IN LISTS _libs)
-    add_library(Torch::${_lib}_lib SHARED IMPORTED)
-    set_target_properties(Torch::${_lib}_lib PROPERTIES
-      IMPORTED_LOCATION "${TORCH_DIR}/lib/lib${_lib}.so")
-    target_link_libraries(Torch::torch INTERFACE Torch::${_lib}_lib)
-  endforeach()
+  # A target of libraries that lie in the wheel.
+  function(_torch_target name)
+    add_library(Torch::${name} INTERFACE IMPORTED)
+    foreach(_lib IN LISTS ARGN)
+      add_library(Torch::lib${_lib} SHARED IMPORTED)
+      set_target_properties(Torch::lib${_lib} PROPERTIES
+        IMPORTED_LOCATION "${TORCH_DIR}/lib/lib${_lib}.so")
+      target_link_libraries(Torch::${name} INTERFACE Torch::lib${_lib})
+    endforeach()
+  endfunction()
+
+  _torch_target(torch torch torch_cpu c10)
   target_include_directories(Torch::torch SYSTEM INTERFACE
     "${TORCH_DIR}/include" "${TORCH_DIR}/include/torch/csrc/api/include")
   target_compile_definitions(Torch::torch INTERFACE
     _GLIBCXX_USE_CXX11_ABI=${_abi} USE_C10D USE_DISTRIBUTED)
 
-  add_library(Torch::python_lib SHARED IMPORTED)
-  set_target_properties(Torch::python_lib PROPERTIES
-    IMPORTED_LOCATION "${TORCH_DIR}/lib/libtorch_python.so")
-  add_library(Torch::python INTERFACE IMPORTED)
-  target_link_libraries(Torch::python INTERFACE Torch::python_lib Torch::torch)
+  _torch_target(python torch_python)
+  target_link_libraries(Torch::python INTERFACE Torch::torch)
+
+  set(TORCH_RPATH torch/lib)
+  if(TORCH_CUDA_VERSION)
+    _torch_target(cuda torch_cuda c10_cuda)
+    target_link_libraries(Torch::cuda INTERFACE Torch::torch)
+    if(TORCH_CUDA_VERSION VERSION_LESS 13)
+      list(APPEND TORCH_RPATH nvidia/cuda_runtime/lib)
+    else()
+      string(REGEX MATCH "^[0-9]+" _major "${TORCH_CUDA_VERSION}")
+      list(APPEND TORCH_RPATH nvidia/cu${_major}/lib)
+    endif()
+  endif()
 endif()

@@ -1,7 +1,28 @@
-"""Continual learning with parameter-efficient fine-tuning of vision transformers."""
+"""Continual learning with parameter-efficient fine-tuning of vision transformers.
 
-import torch  # noqa: F401  # loads libtorch before our libraries
+    import ntkcl
+    result = ntkcl.train()                      # the embedded default, under a minute
+    result = ntkcl.train(preset="ntk-cl/cifar100-in21k", data_root="~/data")
+"""
 
-from ntkcl import _C
+import ntkcl._torch_check  # noqa: F401  # first of all
+from ntkcl import _C as _C
+from ntkcl.api import info, list_methods, train
+from ntkcl.backbones import list_backbones
+from ntkcl.config import Config
+from ntkcl.datasets import list_datasets
+from ntkcl.presets import list_presets
+from ntkcl.result import Evaluation, Result
 
 __version__: str = _C.__version__
+__all__ = [
+    "Config",
+    "Evaluation",
+    "Result",
+    "info",
+    "list_backbones",
+    "list_datasets",
+    "list_methods",
+    "list_presets",
+    "train",
+]

@@ -47,21 +47,21 @@ std::string message(std::string_view where, const Args&... args) {
 }  // namespace ntkcl
 
 // NTKCL_CHECK(n > 0, "class_order", "expected at least one class, got ", n) throws ValueError.
-#define NTKCL_CHECK(condition, where, ...)                                      \
-  do {                                                                          \
-    if (!(condition)) [[unlikely]] {                                            \
-      throw ::ntkcl::ValueError(::ntkcl::detail::message(where, __VA_ARGS__));  \
-    }                                                                           \
+#define NTKCL_CHECK(condition, where, ...)                                     \
+  do {                                                                         \
+    if (!(condition)) [[unlikely]] {                                           \
+      throw ::ntkcl::ValueError(::ntkcl::detail::message(where, __VA_ARGS__)); \
+    }                                                                          \
   } while (false)
 
 #define NTKCL_FAIL(ErrorClass, where, ...) \
   throw ::ntkcl::ErrorClass(::ntkcl::detail::message(where, __VA_ARGS__))
 
-#define NTKCL_ASSERT(condition)                                                             \
-  do {                                                                                      \
-    if (!(condition)) [[unlikely]] {                                                        \
-      throw std::logic_error(::ntkcl::detail::message("internal", "assertion '", #condition, \
-                                                      "' failed at ", __FILE__, ":",        \
-                                                      __LINE__, "; please report this"));   \
-    }                                                                                       \
+#define NTKCL_ASSERT(condition)                                                                \
+  do {                                                                                         \
+    if (!(condition)) [[unlikely]] {                                                           \
+      throw std::logic_error(::ntkcl::detail::message("internal", "assertion '", #condition,   \
+                                                      "' failed at ", __FILE__, ":", __LINE__, \
+                                                      "; please report this"));                \
+    }                                                                                          \
   } while (false)

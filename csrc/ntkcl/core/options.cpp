@@ -108,7 +108,9 @@ std::string Allowed::text() const {
   return text;
 }
 
-Allowed anything() { return {}; }
+Allowed anything() {
+  return {};
+}
 
 Allowed at_least(double value) {
   Allowed allowed;
@@ -149,12 +151,12 @@ void fail_type(const std::string& where, const std::string& key, std::string_vie
 
 void fail_unknown(const std::string& where, const std::string& key,
                   const std::vector<std::string>& known) {
-  const auto nearest =
-      std::min_element(known.begin(), known.end(), [&](const auto& a, const auto& b) {
-        return edit_distance(a, key) < edit_distance(b, key);
-      });
+  const auto nearest = std::min_element(
+      known.begin(), known.end(),
+      [&](const auto& a, const auto& b) { return edit_distance(a, key) < edit_distance(b, key); });
   std::string hint;
-  if (nearest != known.end() && edit_distance(*nearest, key) <= std::max<size_t>(2, key.size() / 3)) {
+  if (nearest != known.end() &&
+      edit_distance(*nearest, key) <= std::max<size_t>(2, key.size() / 3)) {
     hint = "; did you mean '" + *nearest + "'?";
   }
   NTKCL_FAIL(ValueError, where, "unknown key '", key, "'", hint);

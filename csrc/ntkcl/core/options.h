@@ -20,14 +20,14 @@
 //   };
 //
 //   describe<SgdOptions>()        the keys, for Python, the command line and the reference page
-//   apply(values, options, where) sets keys by name; errors name the key, the value, what is allowed
+//   apply(values, options, where) sets keys by name; errors name key, value and what is allowed
 //   values_of(options)            the resolved values
 //
 // Types of a value: bool, int64_t, double, std::string, std::vector<int64_t>, std::vector<double>.
 namespace ntkcl {
 
-using OptionValue = std::variant<bool, int64_t, double, std::string, std::vector<int64_t>,
-                                 std::vector<double>>;
+using OptionValue =
+    std::variant<bool, int64_t, double, std::string, std::vector<int64_t>, std::vector<double>>;
 using OptionMap = std::map<std::string, OptionValue>;
 
 // What is allowed: an interval for numbers (each element of a list), names for strings.

@@ -1,0 +1,133 @@
+# ntkcl: everything a newcomer or a contributor types. `make` alone lists the targets.
+#
+#   NTKCL_JOBS=2          compiler processes at a time
+#   NTKCL_WITH_CUDA=AUTO  CUDA kernels: AUTO (when nvcc and a CUDA torch are found), ON, OFF
+#   PYTHON=python3        the interpreter of the virtual environment (3.11 or newer)
+#   TORCH="torch>=2.11,<3"  what to install where the virtual environment has no torch
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+BUILD ?= build/dev
+TORCH ?= torch>=2.11,<3
+WERROR ?= ON
+NTKCL_JOBS ?= 2
+NTKCL_WITH_CUDA ?= AUTO
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+export CMAKE_BUILD_PARALLEL_LEVEL := $(NTKCL_JOBS)
+export NTKCL_WITH_CUDA
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+STAMPS := $(VENV)/stamps
+PY := $(VENV)/bin/python
+CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# ---- what a newcomer types -----------------------------------------------------------------------
+
+.PHONY: help
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# A compiler newer than ours may warn about something new: no reason to fail a newcomer.
+.PHONY: demo
+demo: WERROR := OFF
+demo: setup  ## Set everything up and run the main job: continual learning on real digits
+	ntkcl train
+
+.PHONY: test
+test: setup build lint test-cpp main-job test-python  ## Set everything up and run all checks and tests
+
+# ---- setting up ----------------------------------------------------------------------------------
+
+.PHONY: setup
+setup: $(STAMPS)/installed  ## Virtual environment, torch, the package (editable) and the tools
+
+$(STAMPS)/venv: .ci/system_packages.sh
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python"; exit 1; }
+	PYTHON="$(PYTHON)" .ci/system_packages.sh
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install "$(TORCH)"
+	touch $@
+
+$(STAMPS)/installed: $(STAMPS)/torch pyproject.toml
+	$(PY) -m pip install -q "cmake>=3.25" "ninja>=1.10" "scikit-build-core>=0.11"
+	@echo "Compiling and installing ntkcl: a few minutes on two cores."
+	$(PY) -m pip install -q --no-build-isolation -Cbuild-dir=$(BUILD) \
+	  -Ccmake.define.NTKCL_BUILD_TESTS=ON -Ccmake.define.NTKCL_WERROR=$(WERROR) -e ".[dev]"
+	touch $@
+
+# ---- the daily loop ------------------------------------------------------------------------------
+
+.PHONY: build
+build: setup  ## Compile what changed and put it where the installed package is
+	cmake -S . -B $(BUILD) -DNTKCL_WERROR=$(WERROR) -DNTKCL_WITH_CUDA=$(NTKCL_WITH_CUDA) > $(BUILD)/configure.log \
+	  || { cat $(BUILD)/configure.log; exit 1; }
+	cmake --build $(BUILD)
+	cmake --install $(BUILD) --component python --strip \
+	  --prefix $$($(PY) -c "import sysconfig; print(sysconfig.get_path('platlib'))") > /dev/null
+
+.PHONY: test-cpp
+test-cpp:  ## Catch2 tests
+	$(BUILD)/tests/cpp/ntkcl_tests
+
+.PHONY: test-python
+test-python:  ## pytest, golden files included
+	$(PY) -m pytest
+
+.PHONY: main-job
+main-job:  ## The embedded default, as `make demo` runs it, into build/main-job
+	rm -rf build/main-job
+	ntkcl train --output build/main-job
+
+.PHONY: lint
+lint: build/stubs/ntkcl/_C.pyi  ## clang-format, ruff, mypy, type stubs
+	clang-format --dry-run --Werror $(CXX_FILES)
+	ruff check .
+	ruff format --check .
+	diff -u python/ntkcl/_C.pyi $< || { echo "The bindings have changed: run make stubs"; exit 1; }
+	mypy
+
+.PHONY: format
+format: setup  ## Rewrite the sources as `make lint` wants them
+	clang-format -i $(CXX_FILES)
+	ruff format .
+	ruff check --fix .
+
+.PHONY: stubs
+stubs: build/stubs/ntkcl/_C.pyi  ## Write the type stubs of the bindings, python/ntkcl/_C.pyi
+	cp $< python/ntkcl/_C.pyi
+
+# The values of this build are left out: they differ from machine to machine.
+.PHONY: build/stubs/ntkcl/_C.pyi
+build/stubs/ntkcl/_C.pyi: build
+	pybind11-stubgen ntkcl._C --output-dir build/stubs --exit-code > build/stubs.log 2>&1 \
+	  || { cat build/stubs.log; exit 1; }
+	sed -i -E 's/^(__version__: str|build_info: dict).*/\1/' $@
+	ruff format -q $@
+	ruff check -q --fix $@
+
+# ---- now and then --------------------------------------------------------------------------------
+
+.PHONY: tidy
+tidy: build  ## clang-tidy over our C++ (20 s a file; apt package clang-tidy)
+	run-clang-tidy -quiet -p $(BUILD) -j $(NTKCL_JOBS) '/csrc/.*\.cpp$$' 2>&1 \
+	  | sed -E '/^(clang-tidy-|[0-9]+ warnings generated)/d'
+
+.PHONY: sanitize
+sanitize: setup  ## Catch2 tests under the address and undefined-behaviour sanitizers
+	cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DNTKCL_BUILD_TESTS=ON \
+	  -DNTKCL_WITH_CUDA=OFF -DNTKCL_SANITIZE=address,undefined
+	cmake --build build/sanitize --target ntkcl_tests
+	build/sanitize/tests/cpp/ntkcl_tests
+
+.PHONY: clean
+clean:  ## Remove build products; the virtual environment stays
+	rm -rf build dist $(STAMPS)/installed

@@ -1,0 +1,216 @@
+"""Times each operator beside plain PyTorch eager code that computes the same.
+
+    python benchmarks/ops.py                       # CPU, one thread
+    python benchmarks/ops.py --device cuda --json ops.json
+
+Both sides are verified against each other first, then run by turns in the same process; a time is
+the median over the rounds, and a ratio above 1 means that ours is faster.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+import ntkcl
+from ntkcl.ops import bias_relu_dropout, philox_keep_mask, section_cosine
+
+Step = Callable[[], list[torch.Tensor]]
+
+
+@dataclass
+class Case:
+    name: str
+    sizes: dict[str, int]
+    ours: Step
+    theirs: Step
+    verify: Callable[[], None]
+    bytes_moved: int  # the least that must be read and written
+
+
+def gradients(outputs: torch.Tensor, grad: torch.Tensor, *inputs: torch.Tensor):
+    return [outputs, *torch.autograd.grad(outputs, inputs, grad)]
+
+
+def dropout_case(rows: int, width: int, dtype: torch.dtype, device: str, backward: bool) -> Case:
+    p = 0.1
+    x = torch.randn(rows, width, dtype=dtype, device=device, requires_grad=backward)
+    bias = torch.randn(width, dtype=dtype, device=device, requires_grad=backward)
+    grad = torch.randn(rows, width, dtype=dtype, device=device)
+    key = torch.tensor(1, device=device)
+
+    def ours():
+        y = bias_relu_dropout(x, bias, p, key=key)
+        return gradients(y, grad, x, bias) if backward else [y]
+
+    def theirs():
+        y = F.dropout(F.relu(x + bias), p)
+        return gradients(y, grad, x, bias) if backward else [y]
+
+    def verify():
+        mask = philox_keep_mask(key, (rows, width), p)
+        expected = F.relu(x + bias) * mask / (1 - p)
+        check(ours(), gradients(expected, grad, x, bias) if backward else [expected])
+
+    element = x.element_size()
+    return Case(
+        "bias_relu_dropout" + (" + backward" if backward else ""),
+        {"rows": rows, "width": width},
+        ours,
+        theirs,
+        verify,
+        rows * width * element * (5 if backward else 2),
+    )
+
+
+def mask_case(n: int, device: str) -> Case:
+    key = torch.tensor(1, device=device)
+    draws = torch.empty(n, device=device)
+
+    def verify():
+        kept = philox_keep_mask(key, (n,), 0.5).double().mean().item()
+        assert abs(kept - 0.5) < 5 / n**0.5, f"half should be kept, got {kept}"
+
+    return Case(
+        "philox_keep_mask",
+        {"elements": n},
+        lambda: [philox_keep_mask(key, (n,), 0.1)],
+        lambda: [draws.bernoulli_(0.9).to(torch.uint8)],
+        verify,
+        n,
+    )
+
+
+def cosine_case(
+    batch: int, classes: int, sections: int, width: int, dtype: torch.dtype, device: str, backward
+) -> Case:
+    def make(*shape):
+        return torch.randn(*shape, dtype=dtype, device=device, requires_grad=backward)
+
+    x, prototypes = make(batch, sections * width), make(classes, sections * width)
+    weights = make(sections)
+    grad = torch.randn(batch, classes, dtype=dtype, device=device)
+
+    def ours():
+        scores = section_cosine(x, prototypes, weights)
+        return gradients(scores, grad, x, prototypes, weights) if backward else [scores]
+
+    def theirs():
+        parts = zip(x.split(width, 1), prototypes.split(width, 1), weights, strict=True)
+        scores = sum(w * F.normalize(a) @ F.normalize(b).t() for a, b, w in parts)
+        return gradients(scores, grad, x, prototypes, weights) if backward else [scores]
+
+    rows = batch + classes
+    element = x.element_size()
+    return Case(
+        "section_cosine" + (" + backward" if backward else ""),
+        {"batch": batch, "classes": classes, "sections": sections, "width": width},
+        ours,
+        theirs,
+        lambda: check(ours(), theirs()),
+        element * rows * sections * width * (3 if backward else 1),
+    )
+
+
+def check(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        tolerance = 2e-2 if a.dtype == torch.bfloat16 else 1e-5
+        error = ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+        assert error < tolerance, f"relative difference {error:.1e}, allowed {tolerance:.0e}"
+
+
+def seconds(step: Step, repeats: int, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def measure(case: Case, rounds: int, device: str) -> tuple[float, float]:
+    """Median seconds of ours and theirs, run by turns."""
+    case.verify()
+    once = max(seconds(case.ours, 3, device), 1e-6)
+    repeats = max(1, int(0.01 / once))
+    times = [
+        (seconds(case.ours, repeats, device), seconds(case.theirs, repeats, device))
+        for _ in range(rounds)
+    ]
+    ours, theirs = zip(*times, strict=True)
+    return statistics.median(ours), statistics.median(theirs)
+
+
+def cases(device: str):
+    # The adapter's middle in ViT-B at batch 16 (3152 x 16), a whole MLP's activation, and a large
+    # matrix for the GPU; scores of a training batch and of an evaluation batch.
+    heights = [(3152, 16), (3152, 3072)] + ([(197 * 256, 3072)] if device == "cuda" else [])
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, width in heights:
+            for backward in (False, True):
+                yield dtype, dropout_case(rows, width, dtype, device, backward)
+        for batch, classes, sections in ((48, 10, 1), (96, 100, 2), (256, 345, 3)):
+            for backward in (False, True):
+                yield dtype, cosine_case(batch, classes, sections, 768, dtype, device, backward)
+    yield torch.uint8, mask_case(1 << 20, device)
+    yield torch.uint8, mask_case(1 << 25, device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+    device = arguments.device
+    print(f"torch {torch.__version__}, {device}, {arguments.threads} CPU thread(s)")
+    print(f"{'operator':30} {'type':9} {'ours us':>10} {'torch us':>10} {'ratio':>6} {'GB/s':>7}")
+    results = []
+    for dtype, case in cases(device):
+        ours, theirs = measure(case, arguments.rounds, device)
+        kind = str(dtype).removeprefix("torch.")
+        print(
+            f"{case.name:30} {kind:9} {ours * 1e6:10.1f} {theirs * 1e6:10.1f} {theirs / ours:6.2f}"
+            f" {case.bytes_moved / ours * 1e-9:7.2f}  {case.sizes}"
+        )
+        results.append(
+            {
+                "operator": case.name,
+                "dtype": kind,
+                **case.sizes,
+                "seconds": ours,
+                "pytorch_seconds": theirs,
+                "ratio": theirs / ours,
+                "bytes_moved": case.bytes_moved,
+            }
+        )
+    if arguments.json:
+        report = {
+            "ntkcl": ntkcl.__version__,
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+            "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": arguments.threads,
+            "rounds": arguments.rounds,
+            "results": results,
+        }
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "ntkcl/core/error.h"
+#include "ntkcl/methods/ntk_cl/ntk_cl.h"
+#include "ntkcl/methods/table.h"
+
+namespace ntkcl::bindings {
+namespace {
+
+using methods::Draw;
+
+// Draws that a Python function gives: fn(purpose, task, step, list, layer) -> tensor or None.
+class RecordedRandom : public methods::RandomSource {
+ public:
+  RecordedRandom(uint64_t seed, py::function fn) : RandomSource(seed), fn_(std::move(fn)) {}
+  ~RecordedRandom() override {
+    const py::gil_scoped_acquire gil;
+    fn_ = py::function();
+  }
+
+  std::optional<at::Tensor> recorded(const Draw& draw) override {
+    const py::gil_scoped_acquire gil;
+    const py::object value = fn_(draw.purpose, draw.task, draw.step, draw.list, draw.layer);
+    return value.is_none() ? std::nullopt : std::make_optional(value.cast<at::Tensor>());
+  }
+
+ private:
+  py::function fn_;
+};
+
+// One method outside the task loop, step by step: for benchmarks, tests and looking inside.
+class MethodSession : private methods::TaskServices {
+ public:
+  MethodSession(const std::string& method, const py::dict& method_options,
+                const nn::VisionTransformer& backbone, at::ScalarType dtype, int64_t tasks,
+                const py::dict& optimizer, const std::optional<py::function>& draws)
+      : vit_(backbone.to(dtype, at::kCPU)),
+        random_(draws ? recorded_random(0, *draws) : std::make_unique<methods::RandomSource>(0)) {
+    apply(option_map(optimizer, "optimizer"), optimizer_options_, "optimizer");
+    const methods::MethodEntry& entry = methods::find_method(method);
+    method_ = entry.make(option_map(method_options, entry.section), vit_, tasks, *random_);
+    info_.count = tasks;
+  }
+
+  void begin_task(int64_t index, int64_t n_old, int64_t n_new, int64_t increment,
+                  int64_t batch_size, const at::Tensor& images, const at::Tensor& labels) {
+    info_ = {.index = index,
+             .count = info_.count,
+             .n_old = n_old,
+             .n_new = n_new,
+             .initial_classes = index == 0 ? n_new : increment,
+             .increment = increment,
+             .batch_size = batch_size};
+    images_ = {images.to(vit_.options()), labels};
+    step_ = 0;
+    auto groups = method_->before_task(*this);
+    optimizer_ = groups.empty() ? nullptr : optim::make_optimizer(optimizer_options_, groups);
+  }
+
+  // {"losses": {name: value}, "gradients": [of each parameter, in the groups' order]}
+  py::dict step(const at::Tensor& images, const at::Tensor& labels, double learning_rate) {
+    NTKCL_CHECK(optimizer_ != nullptr, "step", "this task trains nothing");
+    const methods::Batch batch{images.to(vit_.options()), labels};
+    methods::Losses losses;
+    std::vector<at::Tensor> gradients;
+    {
+      const py::gil_scoped_release release;
+      optimizer_->set_learning_rate(learning_rate);
+      optimizer_->step([&](int pass) {
+        losses = method_->gradients(batch, {.step = step_, .pass = pass}, *this);
+        gradients = parameter_gradients();
+      });
+    }
+    ++step_;
+    py::dict values, result;
+    for (const auto& [name, tensor] : losses) {
+      values[py::str(name)] = tensor.item<double>();
+    }
+    result["losses"] = values;
+    result["gradients"] = gradients;
+    return result;
+  }
+
+  void run_stages() {
+    const py::gil_scoped_release release;
+    for (const std::string& stage : method_->stages(info_)) {
+      method_->run_stage(stage, *this);
+    }
+  }
+
+  // NTK-CL's features of the two sub-networks and their fusion, by name.
+  TensorDict features(const at::Tensor& images) const {
+    const auto* ntk_cl = dynamic_cast<const methods::ntk_cl::NtkCl*>(method_.get());
+    NTKCL_CHECK(ntk_cl, "features", "expected the method ntk-cl");
+    const methods::ntk_cl::Features f = ntk_cl->features(images.to(vit_.options()));
+    TensorDict named{{"channel", f.channel}, {"patch", f.patch}, {"fused", f.fused}};
+    std::erase_if(named, [](const auto& entry) { return !entry.second.defined(); });
+    return named;
+  }
+  at::Tensor scores(const at::Tensor& images) const {
+    const py::gil_scoped_release release;
+    return method_->scores(images.to(vit_.options()));
+  }
+  methods::Method& method() { return *method_; }
+
+ private:
+  const methods::TaskInfo& task() const override { return info_; }
+  methods::RandomSource& random() override { return *random_; }
+  void for_each_image(const std::string&, const methods::BatchFn& fn) override { fn(images_); }
+
+  std::vector<at::Tensor> parameter_gradients() const {
+    std::vector<at::Tensor> gradients;
+    for (const optim::ParameterGroup& group : optimizer_->groups()) {
+      for (const at::Tensor& p : group.parameters) {
+        gradients.push_back(p.grad().defined() ? p.grad().clone() : at::zeros_like(p));
+      }
+    }
+    return gradients;
+  }
+
+  nn::VisionTransformer vit_;
+  std::unique_ptr<methods::RandomSource> random_;
+  optim::OptimizerOptions optimizer_options_;
+  std::unique_ptr<methods::Method> method_;
+  std::unique_ptr<optim::Optimizer> optimizer_;
+  methods::TaskInfo info_;
+  methods::Batch images_;
+  int64_t step_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<methods::RandomSource> recorded_random(uint64_t seed, py::function fn) {
+  return std::make_unique<RecordedRandom>(seed, std::move(fn));
+}
+
+TensorDict method_state(methods::Method& method) {
+  TensorDict state;
+  method.visit_state([&](const std::string& name, at::Tensor& tensor) {
+    if (tensor.defined()) {
+      state[name] = tensor.detach().clone();
+    }
+  });
+  return state;
+}
+
+void load_method_state(methods::Method& method, TensorDict state) {
+  method.visit_state([&](const std::string& name, at::Tensor& tensor) {
+    const auto found = state.find(name);
+    if (found == state.end()) {
+      return;
+    }
+    const at::Tensor value = found->second;
+    if (tensor.defined() && tensor.sizes() == value.sizes()) {
+      const at::NoGradGuard no_grad;
+      tensor.copy_(value);
+    } else {
+      tensor = value.to(tensor.options()).clone();
+    }
+    state.erase(found);
+  });
+  NTKCL_CHECK(state.empty(), "state", "unknown tensor '", state.begin()->first, "'");
+}
+
+void init_methods(py::module_& m) {
+  m.def("list_in_use", &methods::ntk_cl::list_in_use, py::arg("frozen_lists"), py::arg("task"),
+        py::arg("tasks"));
+  py::class_<MethodSession>(m, "MethodSession", "One method outside the task loop, step by step.")
+      .def(py::init<const std::string&, const py::dict&, const nn::VisionTransformer&,
+                    at::ScalarType, int64_t, const py::dict&, const std::optional<py::function>&>(),
+           py::arg("method"), py::arg("method_options"), py::arg("backbone"), py::arg("dtype"),
+           py::arg("tasks"), py::arg("optimizer") = py::dict(), py::arg("draws") = py::none())
+      .def("begin_task", &MethodSession::begin_task, py::arg("index"), py::arg("n_old"),
+           py::arg("n_new"), py::arg("increment"), py::arg("batch_size"), py::arg("images"),
+           py::arg("labels"), "Images (n, 3, S, S) and labels of the task, for its statistics.")
+      .def("step", &MethodSession::step, py::arg("images"), py::arg("labels"),
+           py::arg("learning_rate"))
+      .def("run_stages", &MethodSession::run_stages)
+      .def("features", &MethodSession::features, py::arg("images"))
+      .def("scores", &MethodSession::scores, py::arg("images"))
+      .def("state", [](MethodSession& s) { return method_state(s.method()); })
+      .def(
+          "load_state",
+          [](MethodSession& s, TensorDict state) {
+            load_method_state(s.method(), std::move(state));
+          },
+          py::arg("state"));
+}
+
+}  // namespace ntkcl::bindings

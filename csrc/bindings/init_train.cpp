@@ -1,0 +1,155 @@
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include "bindings.h"
+#include "ntkcl/core/error.h"
+#include "ntkcl/train/trainer.h"
+
+namespace ntkcl::bindings {
+namespace {
+
+py::dict event_dict(const train::Event& event) {
+  py::dict dict;
+  dict["event"] = event.name;
+  for (const auto& [name, value] : event.fields) {
+    dict[py::str(name)] = py::cast(value);
+  }
+  return dict;
+}
+
+py::dict evaluation_dict(const stats::Evaluation& e, size_t task) {
+  py::dict dict;
+  dict["task"] = task;
+  dict["count"] = e.count();
+  dict["top1"] = e.top1();
+  dict["top5"] = e.top5();
+  dict["per_task"] = e.per_task();
+  dict["old_classes"] = e.old_classes();
+  dict["new_classes"] = e.new_classes();
+  dict["task_id"] = e.task_id();
+  dict["within_task"] = e.within_task();
+  return dict;
+}
+
+py::dict result_dict(const train::RunResult& result, train::Trainer& trainer) {
+  const stats::Summary& s = result.summary;
+  py::dict dict;
+  dict["accuracy_matrix"] = s.accuracy_matrix;
+  dict["final_accuracy"] = s.final_accuracy;
+  dict["average_accuracy"] = s.average_accuracy;
+  dict["final_task_mean"] = s.final_task_mean;
+  dict["average_task_mean"] = s.average_task_mean;
+  dict["forgetting"] = s.forgetting;
+  dict["backward_transfer"] = s.backward_transfer;
+  py::list evaluations, predictions;
+  for (size_t t = 0; t < result.evaluations.size(); ++t) {
+    const stats::Evaluation& e = result.evaluations[t];
+    evaluations.append(evaluation_dict(e, t));
+    predictions.append(py::make_tuple(e.labels(), e.predictions()));
+  }
+  dict["evaluations"] = evaluations;
+  dict["predictions"] = predictions;
+  dict["seconds"] = result.seconds;
+  dict["training_seconds"] = result.training_seconds;
+  dict["images_per_second"] =
+      result.training_seconds > 0
+          ? static_cast<double>(result.training_images) / result.training_seconds
+          : 0.0;
+  dict["trainable_parameters"] = result.trainable_parameters;
+  dict["skipped_images"] = result.skipped_images;
+  dict["state"] = method_state(trainer.method());
+  return dict;
+}
+
+std::unique_ptr<train::Trainer> make_trainer(
+    const std::string& method, const py::dict& method_options, const py::dict& train_options,
+    const nn::VisionTransformer& backbone, const py::dict& dataset, const py::dict& transform,
+    const py::dict& loader, const std::vector<double>& mean, const std::vector<double>& std,
+    const std::optional<py::function>& draws) {
+  train::TrainOptions options;
+  apply(option_map(train_options, "train"), options, "train");
+  train::RunData data;
+  data.train = dataset["train"].cast<std::shared_ptr<data::ImageStore>>();
+  data.test = dataset["test"].cast<std::shared_ptr<data::ImageStore>>();
+  data.class_order = dataset["class_order"].cast<std::vector<int64_t>>();
+  data.mean = mean;
+  data.std = std;
+  apply(option_map(transform, "transform"), data.transform, "transform");
+  apply(option_map(loader, "loader"), data.loader, "loader");
+  auto random = draws ? recorded_random(static_cast<uint64_t>(options.seed), *draws) : nullptr;
+  const OptionMap values = option_map(method_options, methods::find_method(method).section);
+  const py::gil_scoped_release release;
+  return std::make_unique<train::Trainer>(method, values, options, backbone, std::move(data),
+                                          std::move(random));
+}
+
+py::dict run(train::Trainer& trainer, const std::optional<py::function>& on_event,
+             const std::optional<py::function>& should_stop) {
+  const train::EventFn listen = [&](const train::Event& event) {
+    if (on_event) {
+      const py::gil_scoped_acquire gil;
+      (*on_event)(event_dict(event));
+    }
+  };
+  const auto stop = [&] {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) {
+      throw py::error_already_set();
+    }
+    return should_stop && (*should_stop)().cast<bool>();
+  };
+  train::RunResult result;
+  {
+    const py::gil_scoped_release release;
+    result = trainer.run(listen, stop);
+  }
+  return result_dict(result, trainer);
+}
+
+py::dict describe_options() {
+  py::dict all;
+  all["train"] = option_infos(describe<train::TrainOptions>());
+  all["transform"] = option_infos(describe<data::TransformOptions>());
+  all["loader"] = option_infos(describe<data::LoaderOptions>());
+  py::dict by_name;
+  for (const methods::MethodEntry& entry : methods::method_table()) {
+    py::dict method, variants;
+    method["section"] = entry.section;
+    method["doc"] = entry.doc;
+    method["options"] = option_infos(entry.options);
+    for (const auto& [name, values] : entry.variants) {
+      variants[py::str(name)] = option_dict(values);
+    }
+    method["variants"] = variants;
+    by_name[py::str(entry.name)] = method;
+  }
+  all["methods"] = by_name;
+  return all;
+}
+
+}  // namespace
+
+void init_train(py::module_& m) {
+  m.def("describe_options", &describe_options, "Every option: key, type, default, allowed, doc.");
+  py::class_<train::Trainer>(m, "Trainer", "The task loop of one run.")
+      .def(py::init(&make_trainer), py::arg("method"), py::arg("method_options"),
+           py::arg("train_options"), py::arg("backbone"), py::arg("dataset"), py::arg("transform"),
+           py::arg("loader"), py::arg("mean"), py::arg("std"), py::arg("draws") = py::none())
+      .def("run", &run, py::arg("on_event") = py::none(), py::arg("should_stop") = py::none())
+      .def(
+          "state", [](train::Trainer& t) { return method_state(t.method()); },
+          "Every tensor of the method by name, as copies.")
+      .def(
+          "load_state",
+          [](train::Trainer& t, TensorDict state) {
+            load_method_state(t.method(), std::move(state));
+          },
+          py::arg("state"))
+      .def("scores", &train::Trainer::scores, py::arg("images"),
+           "Scores (B, n_seen) of transformed uint8 images (B, 3, S, S).");
+}
+
+}  // namespace ntkcl::bindings

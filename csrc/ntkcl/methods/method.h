@@ -1,0 +1,74 @@
+#pragma once
+
+#include <functional>
+#include <utility>
+
+#include "ntkcl/methods/random.h"
+#include "ntkcl/optim/optimizer.h"
+
+// What a continual-learning method is, and what it may ask of the loop that runs it. A method knows
+// nothing of files, device names or Python; the loop knows no method by name.
+namespace ntkcl::methods {
+
+// Classes are numbered in the order in which they are learned: task t holds the classes
+// n_old .. n_old + n_new - 1.
+struct TaskInfo {
+  int64_t index = 0;  // t
+  int64_t count = 1;  // T
+  int64_t n_old = 0;
+  int64_t n_new = 0;
+  int64_t initial_classes = 0;  // of task 0, as configured
+  int64_t increment = 0;
+  int64_t batch_size = 0;  // as configured; the last batch may be smaller
+
+  bool first() const { return index == 0; }
+  bool last() const { return index + 1 == count; }
+  int64_t n_seen() const { return n_old + n_new; }
+};
+
+struct Batch {
+  at::Tensor images;  // (B, 3, S, S), normalised, in the backbone's dtype and device
+  at::Tensor labels;  // (B) int64, class numbers
+};
+
+struct StepInfo {
+  int64_t step = 0;  // within the task, from 0
+  int64_t pass = 0;  // which gradient of this step the optimiser asks for (SAM asks for two)
+};
+
+// Scalars that stay on the device; the loop reads them when it does not hurt.
+using Losses = std::vector<std::pair<std::string, at::Tensor>>;
+using BatchFn = std::function<void(const Batch&)>;
+// Called with every tensor that a checkpoint must hold. A tensor of a list is a view: copy into it.
+using StateVisitor = std::function<void(const std::string& name, at::Tensor& tensor)>;
+
+// All that a method may ask of the loop.
+class TaskServices {
+ public:
+  virtual ~TaskServices() = default;
+  virtual const TaskInfo& task() const = 0;
+  virtual RandomSource& random() = 0;
+  // The task's training images under the test transform, in a fixed order. `activity` names it to
+  // the one who watches the progress.
+  virtual void for_each_image(const std::string& activity, const BatchFn& fn) = 0;
+};
+
+class Method {
+ public:
+  virtual ~Method() = default;
+
+  // New heads, bases, features of the old model. Returns what is trained in this task; an empty
+  // list means that the task needs no training.
+  virtual std::vector<optim::ParameterGroup> before_task(TaskServices& services) = 0;
+  // Fills .grad of the trained parameters, which come without gradients. One left undefined is
+  // zero.
+  virtual Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) = 0;
+  // What follows training, in order: merging, statistics, alignment.
+  virtual std::vector<std::string> stages(const TaskInfo& task) const = 0;
+  virtual void run_stage(const std::string& stage, TaskServices& services) = 0;
+  // Scores of all seen classes (B, n_seen); the largest is the prediction.
+  virtual at::Tensor scores(const at::Tensor& images) const = 0;
+  virtual void visit_state(const StateVisitor& visitor) = 0;
+};
+
+}  // namespace ntkcl::methods

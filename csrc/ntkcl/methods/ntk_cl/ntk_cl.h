@@ -1,0 +1,101 @@
+#pragma once
+
+#include "ntkcl/methods/method.h"
+#include "ntkcl/methods/ntk_cl/options.h"
+#include "ntkcl/nn/fusion.h"
+#include "ntkcl/nn/prompts.h"
+
+namespace ntkcl::methods::ntk_cl {
+
+// One channel list and one patch list: the trained one, or a frozen running mean of it.
+struct Lists {
+  nn::AdapterList channel;
+  nn::PromptList patch;
+
+  std::vector<at::Tensor> tensors() const;
+};
+
+// Class features (B, D) of the two sub-networks and of their fusion; undefined where the mode
+// leaves one out. D = sections * C, ordered [plain?, oldest frozen .. newest frozen, current].
+struct Features {
+  at::Tensor channel, patch, fused;
+};
+
+// Which frozen list the EMA after task t updates, 1 = newest .. K = oldest (section 2).
+int64_t list_in_use(int64_t frozen_lists, int64_t task, int64_t tasks);
+
+// NTK-CL: Liu et al., "Parameter-Efficient Fine-Tuning for Continual Learning: A Neural Tangent
+// Kernel Perspective", arXiv 2407.17120. Two PEFT sub-networks, a channel adapter and generated
+// prompts, each as K frozen lists beside the trained one; their features are fused.
+class NtkCl : public Method {
+ public:
+  // ValueError if `tasks` < K: some frozen list would never be written.
+  NtkCl(Options options, const nn::VisionTransformer& vit, int64_t tasks, RandomSource& random);
+
+  // Groups "peft" (channel list, patch list, fusion, head weight) and "head.sigma".
+  std::vector<optim::ParameterGroup> before_task(TaskServices& services) override;
+  Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) override;
+  std::vector<std::string> stages(const TaskInfo& task) const override;
+  void run_stage(const std::string& stage, TaskServices& services) override;
+  at::Tensor scores(const at::Tensor& images) const override;
+  void visit_state(const StateVisitor& visitor) override;
+
+  // Without dropout and without a graph.
+  Features features(const at::Tensor& images) const;
+
+ private:
+  // What is constant while one task trains.
+  struct TaskConstants {
+    TaskInfo info;
+    std::vector<std::pair<std::string, at::Tensor>> previous;  // weights under L_reg at its start
+    at::Tensor orth;                                           // direction w (D), or basis U (C, k)
+    at::Tensor before;  // features of the task's images before training (n, D)
+  };
+  // Dropout of one training step; null in evaluation.
+  struct Noise {
+    RandomSource& random;
+    int64_t task, step;
+  };
+
+  bool uses_channel() const { return options_.mode != "patch"; }
+  bool uses_patch() const { return options_.mode != "channel"; }
+  bool fuses() const { return options_.mode == "both"; }
+  int64_t sections() const;
+
+  void initialise(Lists& lists, int64_t number, RandomSource& random);
+  Features forward(const at::Tensor& images, const Noise* noise) const;
+  at::Tensor channel_features(const nn::Prefix& prefix, const at::Tensor& plain,
+                              const Noise* noise) const;
+  at::Tensor patch_features(const nn::Prefix& prefix, const at::Tensor& plain) const;
+  std::vector<nn::Dropout> adapter_dropout(const Noise* noise, int64_t list, int64_t batch) const;
+  // The feature that is scored: F_m, or that of the single mode.
+  const at::Tensor& scored(const Features& features) const;
+
+  std::vector<at::Tensor> trained() const;
+  std::vector<std::pair<std::string, at::Tensor>> regularised() const;
+  at::Tensor orth_constant() const;
+  at::Tensor all_features(const std::string& activity, TaskServices& services) const;
+
+  at::Tensor cross_entropy(const at::Tensor& features, const at::Tensor& labels) const;
+  at::Tensor dissimilarity_loss(const Features& features, const Batch& batch, const StepInfo& step,
+                                RandomSource& random) const;
+  at::Tensor orthogonality_loss(const Features& features) const;
+  // Value of L_reg (unweighted); adds lambda times its gradient to .grad.
+  at::Tensor regularise() const;
+
+  void update_frozen_list(const TaskInfo& task);
+  void update_prototypes(TaskServices& services);
+
+  Options options_;
+  const nn::VisionTransformer& vit_;
+  Lists current_;
+  std::vector<Lists> frozen_;  // index 0 = newest (1) .. K-1 = oldest (K)
+  at::Tensor tasks_in_list_;   // int64 (K): tasks averaged into each frozen list
+  std::optional<nn::Fusion> fusion_;
+  at::Tensor head_weight_, head_sigma_;  // (c_t, D), (1)
+  at::Tensor prototypes_;                // (n_seen, D)
+  at::Tensor multipliers_;               // (sections)
+  TaskConstants constants_;
+};
+
+}  // namespace ntkcl::methods::ntk_cl

@@ -1,0 +1,96 @@
+#include "ntkcl/methods/random.h"
+
+#include <ATen/ATen.h>
+
+#include <bit>
+#include <cmath>
+#include <numbers>
+#include <numeric>
+
+#include "ntkcl/core/error.h"
+#include "ntkcl/core/philox.h"
+#include "ntkcl/ops/philox_keep_mask.h"
+
+namespace ntkcl::methods {
+namespace {
+
+// Fisher-Yates for the first k places of 0 .. n-1.
+at::Tensor shuffled(PhiloxStream stream, int64_t n, int64_t k) {
+  at::Tensor order = at::arange(n, at::kLong);
+  int64_t* values = order.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < k; ++i) {
+    std::swap(values[i],
+              values[i + static_cast<int64_t>(stream.below(static_cast<uint64_t>(n - i)))]);
+  }
+  return order.narrow(0, 0, k);
+}
+
+template <class NextFn>
+at::Tensor filled(at::IntArrayRef sizes, const at::TensorOptions& options, NextFn next) {
+  at::Tensor values = at::empty(sizes, at::kDouble);
+  double* out = values.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < values.numel(); ++i) {
+    out[i] = next();
+  }
+  return values.to(options);
+}
+
+}  // namespace
+
+std::optional<at::Tensor> RandomSource::recorded(const Draw&) {
+  return std::nullopt;
+}
+
+uint64_t RandomSource::key(const Draw& draw) const {
+  const auto label = [](int64_t value) { return static_cast<uint64_t>(value); };
+  const uint64_t purpose = philox_subkey(seed_, purpose_label(draw.purpose), label(draw.task));
+  const uint64_t step = philox_subkey(purpose, label(draw.step), label(draw.list));
+  return philox_subkey(step, label(draw.layer));
+}
+
+at::Tensor RandomSource::uniform(const Draw& draw, at::IntArrayRef sizes, double low, double high,
+                                 const at::TensorOptions& options) {
+  if (auto given = recorded(draw)) {
+    return given->to(options);
+  }
+  PhiloxStream stream(key(draw));
+  return filled(sizes, options, [&] { return low + (high - low) * stream.uniform(); });
+}
+
+at::Tensor RandomSource::normal(const Draw& draw, at::IntArrayRef sizes,
+                                const at::TensorOptions& options) {
+  if (auto given = recorded(draw)) {
+    return given->to(options);
+  }
+  PhiloxStream stream(key(draw));
+  return filled(sizes, options, [&] {  // Box-Muller; 1 - u is never 0
+    const double radius = std::sqrt(-2.0 * std::log(1.0 - stream.uniform()));
+    return radius * std::cos(2.0 * std::numbers::pi * stream.uniform());
+  });
+}
+
+at::Tensor RandomSource::permutation(const Draw& draw, int64_t n) {
+  return choice(draw, n, n);
+}
+
+at::Tensor RandomSource::choice(const Draw& draw, int64_t n, int64_t k) {
+  NTKCL_ASSERT(0 <= k && k <= n);
+  if (auto given = recorded(draw)) {
+    return *given;
+  }
+  return shuffled(PhiloxStream(key(draw)), n, k);
+}
+
+at::Tensor RandomSource::dropout_key(const Draw& draw) {
+  return at::scalar_tensor(std::bit_cast<int64_t>(key(draw)), at::kLong);
+}
+
+at::Tensor RandomSource::keep_mask(const Draw& draw, at::IntArrayRef sizes, double p,
+                                   at::Device device) {
+  if (auto given = recorded(draw)) {
+    return given->to(device);
+  }
+  return ops::philox_keep_mask(dropout_key(draw).to(device), sizes, p);
+}
+
+}  // namespace ntkcl::methods

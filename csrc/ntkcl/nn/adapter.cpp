@@ -1,0 +1,83 @@
+#include "ntkcl/nn/adapter.h"
+
+#include <ATen/ATen.h>
+
+#include "ntkcl/core/error.h"
+#include "ntkcl/ops/bias_relu_dropout.h"
+
+namespace ntkcl::nn {
+
+AdapterList AdapterList::zeros(int64_t blocks, int64_t rank, int64_t width,
+                               const at::TensorOptions& options) {
+  return {at::zeros({blocks, rank, width}, options), at::zeros({blocks, rank}, options),
+          at::zeros({blocks, width, rank}, options), at::zeros({blocks, width}, options)};
+}
+
+std::vector<at::Tensor> AdapterList::tensors() const {
+  return {down_weight, down_bias, up_weight, up_bias};
+}
+
+std::vector<at::Tensor> AdapterList::weights() const {
+  return {down_weight, up_weight};
+}
+
+void AdapterList::visit(const std::string& prefix, const NamedTensorFn& fn) {
+  for (int64_t l = 0; l < down_weight.size(0); ++l) {
+    const std::string block = prefix + std::to_string(l) + ".";
+    for (const auto& [name, stacked] :
+         {std::pair<const char*, at::Tensor&>{"down.weight", down_weight},
+          {"down.bias", down_bias},
+          {"up.weight", up_weight},
+          {"up.bias", up_bias}}) {
+      at::Tensor slice = stacked.detach().select(0, l);
+      fn(block + name, slice);
+    }
+  }
+}
+
+at::Tensor adapter(const at::Tensor& hidden, const at::Tensor& down_weight,
+                   const at::Tensor& down_bias, const at::Tensor& up_weight,
+                   const at::Tensor& up_bias, const Dropout& dropout) {
+  at::Tensor mask = dropout.mask;
+  if (mask.defined() && mask.size(1) != hidden.size(1)) {
+    mask = mask.narrow(1, 0, hidden.size(1));  // the last block computes the class token alone
+  }
+  const auto optional = [](const at::Tensor& t) {
+    return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+  };
+  const at::Tensor inner = ops::bias_relu_dropout(at::linear(hidden, down_weight), down_bias,
+                                                  optional(mask), optional(dropout.key), dropout.p);
+  return at::linear(inner, up_weight, up_bias);
+}
+
+at::Tensor channel_pass(const VisionTransformer& vit, const Prefix& prefix,
+                        const AdapterList& adapters, double scale,
+                        const std::vector<Dropout>& dropout, Trace* trace) {
+  const int64_t depth = vit.depth();
+  NTKCL_CHECK(adapters.down_weight.size(0) == depth && adapters.down_weight.size(2) == vit.width(),
+              "channel_pass", "expected adapters for ", depth, " blocks of width ", vit.width(),
+              ", got ", adapters.down_weight.sizes());
+  NTKCL_CHECK(dropout.empty() || static_cast<int64_t>(dropout.size()) == depth, "channel_pass",
+              "expected dropout for ", depth, " blocks, got ", dropout.size());
+  const auto down_weight = adapters.down_weight.unbind(0);
+  const auto down_bias = adapters.down_bias.unbind(0);
+  const auto up_weight = adapters.up_weight.unbind(0);
+  const auto up_bias = adapters.up_bias.unbind(0);
+
+  at::Tensor x;
+  for (int64_t l = 0; l < depth; ++l) {
+    const auto i = static_cast<size_t>(l);
+    const bool last = l + 1 == depth && !trace;
+    const at::Tensor h = l == 0 ? prefix.hidden : vit.attention(l, x, {.class_token_only = last});
+    const at::Tensor mlp = l == 0 ? prefix.mlp : vit.mlp(l, h);
+    const at::Tensor added = adapter(h, down_weight[i], down_bias[i], up_weight[i], up_bias[i],
+                                     dropout.empty() ? Dropout{} : dropout[i]);
+    x = at::add(h + mlp, added, scale);
+    if (trace) {
+      trace->blocks.push_back(x);
+    }
+  }
+  return vit.class_feature(x);
+}
+
+}  // namespace ntkcl::nn

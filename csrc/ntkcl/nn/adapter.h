@@ -1,0 +1,51 @@
+#pragma once
+
+#include <functional>
+
+#include "ntkcl/nn/vision_transformer.h"
+
+namespace ntkcl::nn {
+
+using NamedTensorFn = std::function<void(const std::string& name, at::Tensor& tensor)>;
+
+// Dropout of one layer's hidden units: a mask (1 = keep), or a key of the counter generator, or
+// neither for none. Kept values are divided by 1 - p.
+struct Dropout {
+  double p = 0.0;
+  at::Tensor mask{};  // uint8, the shape of what is dropped
+  at::Tensor key{};   // int64 scalar
+};
+
+// One adapter per block, parallel to the MLP (NTK-CL section 2, "channel"; RAA section 2.1):
+//
+//   y = h + MLP(LN2(h)) + s * ( W_up drop(relu(W_down h + b_down)) + b_up )
+//
+// The adapters of all L blocks lie in one tensor a kind, so that an optimiser sees four tensors.
+struct AdapterList {
+  at::Tensor down_weight;  // (L, r, C)
+  at::Tensor down_bias;    // (L, r)
+  at::Tensor up_weight;    // (L, C, r)
+  at::Tensor up_bias;      // (L, C)
+
+  static AdapterList zeros(int64_t blocks, int64_t rank, int64_t width,
+                           const at::TensorOptions& options);
+
+  int64_t rank() const { return down_weight.size(1); }
+  std::vector<at::Tensor> tensors() const;
+  // The weight matrices, which a regulariser pulls.
+  std::vector<at::Tensor> weights() const;
+  // Each block's tensors, as views, under `prefix` + "{block}.down.weight" and so on.
+  void visit(const std::string& prefix, const NamedTensorFn& fn);
+};
+
+// drop(relu(W_down h + b_down)) W_up^T + b_up, without scale and residual: (B, T, C) -> (B, T, C).
+at::Tensor adapter(const at::Tensor& hidden, const at::Tensor& down_weight,
+                   const at::Tensor& down_bias, const at::Tensor& up_weight,
+                   const at::Tensor& up_bias, const Dropout& dropout);
+
+// One pass with adapters: class features (B, C). `dropout` holds one entry per block, or none.
+at::Tensor channel_pass(const VisionTransformer& vit, const Prefix& prefix,
+                        const AdapterList& adapters, double scale,
+                        const std::vector<Dropout>& dropout = {}, Trace* trace = nullptr);
+
+}  // namespace ntkcl::nn

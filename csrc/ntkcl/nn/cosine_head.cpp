@@ -1,0 +1,15 @@
+#include "ntkcl/nn/cosine_head.h"
+
+#include <ATen/ATen.h>
+
+namespace ntkcl::nn {
+
+at::Tensor unit_rows(const at::Tensor& x) {
+  return x / at::linalg_vector_norm(x, 2, {-1}, /*keepdim=*/true).clamp_min(1e-12);
+}
+
+at::Tensor cosine_logits(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& sigma) {
+  return sigma * at::linear(unit_rows(x), unit_rows(weight));
+}
+
+}  // namespace ntkcl::nn

@@ -1,0 +1,271 @@
+#include "ntkcl/nn/vision_transformer.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <cmath>
+#include <set>
+
+#include "ntkcl/core/error.h"
+
+namespace ntkcl::nn {
+namespace {
+
+constexpr double kLayerNormEps = 1e-6;
+constexpr const char* kWhere = "vision_transformer";
+
+at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  return at::layer_norm(x, {x.size(-1)}, weight, bias, kLayerNormEps);
+}
+
+// (B, T, C) -> (B, H, T, C / H)
+at::Tensor split_heads(const at::Tensor& x, int64_t heads) {
+  return x.view({x.size(0), x.size(1), heads, -1}).transpose(1, 2);
+}
+
+at::Tensor without_prompts(const at::Tensor& x, int64_t prompts) {  // tokens on dimension 2
+  return at::cat({x.narrow(2, 0, 1), x.narrow(2, 1 + prompts, x.size(2) - 1 - prompts)}, 2);
+}
+
+const at::Tensor& need(const TensorMap& weights, const std::string& name) {
+  const auto found = weights.find(name);
+  NTKCL_CHECK(found != weights.end(), kWhere, "expected the key '", name,
+              "' of a timm vision transformer, but it is missing");
+  return found->second;
+}
+
+int64_t count_blocks(const TensorMap& weights) {
+  int64_t depth = 0;
+  while (weights.count("blocks." + std::to_string(depth) + ".norm1.weight")) {
+    ++depth;
+  }
+  NTKCL_CHECK(depth > 0, kWhere, "expected the key 'blocks.0.norm1.weight', but it is missing");
+  return depth;
+}
+
+std::string join(const std::vector<std::string>& lines) {
+  std::string text;
+  for (const std::string& line : lines) {
+    text += "\n  " + line;
+  }
+  return text;
+}
+
+// Each key missing, unexpected or of another shape, one a line.
+std::vector<std::string> mismatches(const TensorMap& weights,
+                                    const std::map<std::string, std::vector<int64_t>>& expected) {
+  std::vector<std::string> problems;
+  for (const auto& [name, shape] : expected) {
+    const auto found = weights.find(name);
+    if (found == weights.end()) {
+      problems.push_back("missing: " + name);
+    } else if (found->second.sizes() != at::IntArrayRef(shape)) {
+      std::ostringstream line;
+      line << "shape: " << name << " expected " << at::IntArrayRef(shape) << ", got "
+           << found->second.sizes();
+      problems.push_back(line.str());
+    }
+  }
+  for (const auto& [name, tensor] : weights) {
+    if (!expected.count(name)) {
+      problems.push_back("unexpected: " + name);
+    }
+  }
+  return problems;
+}
+
+// timm's resample_abs_pos_embed: the class row is kept, the grid is resized bicubically.
+at::Tensor resize_position(const at::Tensor& position, int64_t grid) {
+  const int64_t old_grid = std::llround(std::sqrt(static_cast<double>(position.size(1) - 1)));
+  if (grid == old_grid) {
+    return position;
+  }
+  const auto dtype = position.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor old = position.narrow(1, 1, old_grid * old_grid).to(dtype);
+  const at::Tensor image = old.reshape({1, old_grid, old_grid, -1}).permute({0, 3, 1, 2});
+  const at::Tensor resized = at::_upsample_bicubic2d_aa(image, {grid, grid}, false);
+  const at::Tensor rows = resized.permute({0, 2, 3, 1}).reshape({1, grid * grid, -1});
+  return at::cat({position.narrow(1, 0, 1), rows.to(position.scalar_type())}, 1);
+}
+
+}  // namespace
+
+template <class Self, class Visitor>
+void VisionTransformer::visit(Self& self, Visitor&& visitor) {
+  visitor("cls_token", self.class_token_);
+  visitor("pos_embed", self.position_);
+  visitor("patch_embed.proj.weight", self.patch_weight_);
+  visitor("patch_embed.proj.bias", self.patch_bias_);
+  for (size_t l = 0; l < self.blocks_.size(); ++l) {
+    const std::string block = "blocks." + std::to_string(l) + ".";
+    auto& b = self.blocks_[l];
+    visitor(block + "norm1.weight", b.norm1_weight);
+    visitor(block + "norm1.bias", b.norm1_bias);
+    visitor(block + "attn.qkv.weight", b.qkv_weight);
+    visitor(block + "attn.qkv.bias", b.qkv_bias);
+    visitor(block + "attn.proj.weight", b.proj_weight);
+    visitor(block + "attn.proj.bias", b.proj_bias);
+    visitor(block + "norm2.weight", b.norm2_weight);
+    visitor(block + "norm2.bias", b.norm2_bias);
+    visitor(block + "mlp.fc1.weight", b.fc1_weight);
+    visitor(block + "mlp.fc1.bias", b.fc1_bias);
+    visitor(block + "mlp.fc2.weight", b.fc2_weight);
+    visitor(block + "mlp.fc2.bias", b.fc2_bias);
+  }
+  visitor("norm.weight", self.norm_weight_);
+  visitor("norm.bias", self.norm_bias_);
+}
+
+VisionTransformer::VisionTransformer(const TensorMap& weights, int64_t heads, int64_t image_size)
+    : heads_(heads), blocks_(static_cast<size_t>(count_blocks(weights))) {
+  // Sizes come from three tensors; every other shape follows from them.
+  const at::Tensor& patch = need(weights, "patch_embed.proj.weight");
+  const at::Tensor& position = need(weights, "pos_embed");
+  const at::Tensor& fc1 = need(weights, "blocks.0.mlp.fc1.weight");
+  NTKCL_CHECK(patch.dim() == 4 && patch.size(1) == 3 && patch.size(2) == patch.size(3), kWhere,
+              "patch_embed.proj.weight: expected (C, 3, p, p), got ", patch.sizes());
+  NTKCL_CHECK(position.dim() == 3 && position.size(1) >= 2, kWhere,
+              "pos_embed: expected (1, tokens, C) with a class token, got ", position.sizes());
+  NTKCL_CHECK(fc1.dim() == 2, kWhere, "blocks.0.mlp.fc1.weight: expected 2 dimensions, got ",
+              fc1.sizes());
+  width_ = patch.size(0);
+  patch_size_ = patch.size(2);
+  const int64_t c = width_, tokens = position.size(1), inner = fc1.size(0);
+  const int64_t grid = std::llround(std::sqrt(static_cast<double>(tokens - 1)));
+  NTKCL_CHECK(grid * grid == tokens - 1, kWhere,
+              "pos_embed: expected 1 + a square number of tokens, got ", tokens);
+  NTKCL_CHECK(heads > 0 && c % heads == 0, kWhere, "heads: expected a divisor of the width ", c,
+              ", got ", heads);
+
+  std::map<std::string, std::vector<int64_t>> expected;
+  visit(*this, [&](const std::string& name, at::Tensor&) {
+    const bool bias = name.ends_with("bias");
+    const auto shape_of = [&](int64_t out, int64_t in) {
+      return bias ? std::vector<int64_t>{out} : std::vector<int64_t>{out, in};
+    };
+    auto& shape = expected[name];
+    if (name == "cls_token") {
+      shape = {1, 1, c};
+    } else if (name == "pos_embed") {
+      shape = {1, tokens, c};
+    } else if (name.starts_with("patch_embed")) {
+      shape = bias ? std::vector<int64_t>{c} : patch.sizes().vec();
+    } else if (name.find("qkv") != std::string::npos) {
+      shape = shape_of(3 * c, c);
+    } else if (name.find("attn.proj") != std::string::npos) {
+      shape = shape_of(c, c);
+    } else if (name.find("fc1") != std::string::npos) {
+      shape = shape_of(inner, c);
+    } else if (name.find("fc2") != std::string::npos) {
+      shape = shape_of(c, inner);
+    } else {
+      shape = {c};
+    }
+  });
+  const auto problems = mismatches(weights, expected);
+  NTKCL_CHECK(problems.empty(), kWhere, "the weights do not fit a vision transformer of width ", c,
+              " and depth ", depth(), ":", join(problems));
+  visit(*this, [&](const std::string& name, at::Tensor& tensor) {
+    tensor = weights.at(name).detach().contiguous();
+    NTKCL_CHECK(at::isFloatingType(tensor.scalar_type()), kWhere, name,
+                ": expected a floating point tensor, got ", tensor.scalar_type());
+  });
+
+  image_size_ = image_size > 0 ? image_size : grid * patch_size_;
+  NTKCL_CHECK(image_size_ % patch_size_ == 0, kWhere, "image_size: expected a multiple of the ",
+              "patch size ", patch_size_, ", got ", image_size_);
+  position_ = resize_position(position_, image_size_ / patch_size_);
+}
+
+VisionTransformer VisionTransformer::to(at::ScalarType dtype, at::Device device) const {
+  VisionTransformer copy = *this;
+  visit(copy, [&](const std::string&, at::Tensor& tensor) { tensor = tensor.to(device, dtype); });
+  return copy;
+}
+
+at::Tensor VisionTransformer::embed(const at::Tensor& images) const {
+  NTKCL_CHECK(images.dim() == 4 && images.size(1) == 3 && images.size(2) == image_size_ &&
+                  images.size(3) == image_size_,
+              kWhere, "images: expected (B, 3, ", image_size_, ", ", image_size_, "), got ",
+              images.sizes());
+  // A patch is one row: the convolution is a GEMM over unfolded patches.
+  const int64_t b = images.size(0), p = patch_size_, g = image_size_ / p;
+  const at::Tensor rows =
+      images.reshape({b, 3, g, p, g, p}).permute({0, 2, 4, 1, 3, 5}).reshape({b, g * g, 3 * p * p});
+  const at::Tensor patches = at::linear(rows, patch_weight_.view({width_, -1}), patch_bias_);
+  return at::cat({class_token_.expand({b, -1, -1}), patches}, 1) + position_;
+}
+
+at::Tensor VisionTransformer::attention(int64_t block, const at::Tensor& x,
+                                        const AttentionOptions& options) const {
+  const Block& w = blocks_[static_cast<size_t>(block)];
+  const at::Tensor y = layer_norm(x, w.norm1_weight, w.norm1_bias);
+  const int64_t c = width_;
+  at::Tensor query, key, value;
+  if (options.class_token_only) {
+    const at::Tensor kv =
+        at::linear(y, w.qkv_weight.narrow(0, c, 2 * c), w.qkv_bias.narrow(0, c, 2 * c));
+    query = at::linear(y.narrow(1, 0, 1), w.qkv_weight.narrow(0, 0, c), w.qkv_bias.narrow(0, 0, c));
+    key = kv.narrow(2, 0, c);
+    value = kv.narrow(2, c, c);
+  } else {
+    const at::Tensor qkv = at::linear(y, w.qkv_weight, w.qkv_bias);
+    query = qkv.narrow(2, 0, c);
+    key = qkv.narrow(2, c, c);
+    value = qkv.narrow(2, 2 * c, c);
+  }
+  query = split_heads(query, heads_);
+  key = split_heads(key, heads_);
+  value = split_heads(value, heads_);
+
+  at::Tensor mixed;
+  if (options.prompt_gate.defined() && options.prompts > 0) {
+    const int64_t p = options.prompts;
+    mixed =
+        at::scaled_dot_product_attention(query, without_prompts(key, p), without_prompts(value, p));
+    const at::Tensor from_prompts =
+        at::scaled_dot_product_attention(query, key.narrow(2, 1, p), value.narrow(2, 1, p));
+    mixed = mixed + options.prompt_gate.view({1, heads_, 1, 1}) * from_prompts;
+  } else {
+    mixed = at::scaled_dot_product_attention(query, key, value);
+  }
+  mixed = mixed.transpose(1, 2).reshape({x.size(0), -1, c});
+  const at::Tensor residual = options.class_token_only ? x.narrow(1, 0, 1) : x;
+  return residual + at::linear(mixed, w.proj_weight, w.proj_bias);
+}
+
+at::Tensor VisionTransformer::mlp(int64_t block, const at::Tensor& hidden) const {
+  const Block& w = blocks_[static_cast<size_t>(block)];
+  const at::Tensor y = layer_norm(hidden, w.norm2_weight, w.norm2_bias);
+  return at::linear(at::gelu(at::linear(y, w.fc1_weight, w.fc1_bias)), w.fc2_weight, w.fc2_bias);
+}
+
+at::Tensor VisionTransformer::class_feature(const at::Tensor& x) const {
+  return layer_norm(x.select(1, 0), norm_weight_, norm_bias_);
+}
+
+Prefix VisionTransformer::prefix(const at::Tensor& images) const {
+  const at::NoGradGuard no_grad;
+  Prefix result;
+  result.hidden = attention(0, embed(images), {});
+  result.mlp = mlp(0, result.hidden);
+  return result;
+}
+
+at::Tensor plain_pass(const VisionTransformer& vit, const Prefix& prefix, Trace* trace) {
+  at::Tensor x = prefix.hidden + prefix.mlp;
+  if (trace) {
+    trace->blocks.push_back(x);
+  }
+  for (int64_t l = 1; l < vit.depth(); ++l) {
+    const bool last = l + 1 == vit.depth() && !trace;
+    const at::Tensor h = vit.attention(l, x, {.class_token_only = last});
+    x = h + vit.mlp(l, h);
+    if (trace) {
+      trace->blocks.push_back(x);
+    }
+  }
+  return vit.class_feature(x);
+}
+
+}  // namespace ntkcl::nn

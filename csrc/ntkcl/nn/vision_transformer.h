@@ -1,0 +1,92 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace ntkcl::nn {
+
+using TensorMap = std::map<std::string, at::Tensor>;
+
+// What the attention of one block is asked for.
+struct AttentionOptions {
+  // Only the class token's row leaves: keys and values of all tokens, one query. Exact, and all
+  // that the last block needs.
+  bool class_token_only = false;
+  // Tokens 1 .. prompts are prompts. With a gate g (H), prompts are attended to by a softmax of
+  // their own: softmax(q K_tokens) V_tokens + g * softmax(q K_prompts) V_prompts. Without one they
+  // are tokens like all others.
+  int64_t prompts = 0;
+  at::Tensor prompt_gate{};
+};
+
+// The first block up to where PEFT begins. It depends on the image alone, so all passes share it.
+struct Prefix {
+  at::Tensor hidden;  // (B, N, C)  h = x + Attn(LN1(x))
+  at::Tensor mlp;     // (B, N, C)  MLP(LN2(h))
+};
+
+// A frozen pre-LN vision transformer in timm's layout: exact GELU, LayerNorm eps 1e-6, qkv bias, a
+// class token, no head. The weights never require gradients; dtype and device are theirs.
+//
+//   block:  h = x + Attn(LN1(x)),  y = h + MLP(LN2(h));   feature: CLS row of the final LayerNorm
+//
+// N = 1 + (image / patch)^2 tokens, C width, H heads, L blocks.
+class VisionTransformer {
+ public:
+  // `weights` under timm's names (cls_token, pos_embed, patch_embed.proj.*, blocks.{l}.*, norm.*).
+  // `image_size` 0 keeps the checkpoint's; any other multiple of the patch size has the position
+  // embedding interpolated as timm does (bicubic, antialias). ValueError lists missing, unexpected
+  // and misshapen keys.
+  VisionTransformer(const TensorMap& weights, int64_t heads, int64_t image_size = 0);
+
+  VisionTransformer to(at::ScalarType dtype, at::Device device) const;
+
+  int64_t width() const { return width_; }
+  int64_t depth() const { return static_cast<int64_t>(blocks_.size()); }
+  int64_t heads() const { return heads_; }
+  int64_t patch_size() const { return patch_size_; }
+  int64_t image_size() const { return image_size_; }
+  int64_t tokens() const { return position_.size(1); }
+  at::TensorOptions options() const { return position_.options(); }
+
+  // (B, 3, S, S) -> (B, N, C): patches, class token, position embedding.
+  at::Tensor embed(const at::Tensor& images) const;
+  // x + Attn(LN1(x)): (B, T, C) -> (B, T, C), or (B, 1, C) for the class token alone.
+  at::Tensor attention(int64_t block, const at::Tensor& x, const AttentionOptions& options) const;
+  // MLP(LN2(h)), without the residual: (B, T, C) -> (B, T, C).
+  at::Tensor mlp(int64_t block, const at::Tensor& hidden) const;
+  // CLS row of the final LayerNorm: (B, T, C) -> (B, C).
+  at::Tensor class_feature(const at::Tensor& x) const;
+
+  // Never builds a graph: nothing in it is trained.
+  Prefix prefix(const at::Tensor& images) const;
+
+ private:
+  struct Block {
+    at::Tensor norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias;
+    at::Tensor norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias;
+  };
+  // Every tensor by its timm name.
+  template <class Self, class Visitor>
+  static void visit(Self& self, Visitor&& visitor);
+
+  int64_t width_ = 0, heads_ = 0, patch_size_ = 0, image_size_ = 0;
+  at::Tensor patch_weight_, patch_bias_, class_token_, position_, norm_weight_, norm_bias_;
+  std::vector<Block> blocks_;
+};
+
+// What a pass saw, for tests and for looking inside: block outputs and generated prompts.
+// With a trace the last block computes every token.
+struct Trace {
+  std::vector<at::Tensor> blocks;   // (B, T, C) per block
+  std::vector<at::Tensor> prompts;  // (B, P, C) per block, patch passes only
+};
+
+// The backbone with no PEFT: (B, C).
+at::Tensor plain_pass(const VisionTransformer& vit, const Prefix& prefix, Trace* trace = nullptr);
+
+}  // namespace ntkcl::nn

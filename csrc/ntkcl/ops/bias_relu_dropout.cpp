@@ -1,0 +1,166 @@
+#include "ntkcl/ops/bias_relu_dropout.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "ntkcl/kernels/bias_relu_dropout_cpu.h"
+#include "ntkcl/kernels/keep.h"
+#include "ntkcl/ops/checks.h"
+#include "ntkcl/ops/element_type.h"
+#include "ntkcl/ops/schema.h"
+
+namespace ntkcl::ops {
+namespace detail {
+
+void check_bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias,
+                             const std::optional<at::Tensor>& mask,
+                             const std::optional<at::Tensor>& key, double p) {
+  const char* op = "bias_relu_dropout";
+  check_floating(op, "x", x);
+  NTKCL_OP_CHECK(x.dim() >= 1, op, "expected x of shape (..., r), got a scalar");
+  check_like(op, "bias", bias, "x", x);
+  NTKCL_OP_CHECK(bias.dim() == 1 && bias.sym_size(0) == x.sym_size(-1), op,
+                 "expected bias of shape [", x.sym_size(-1), "], got ", bias.sym_sizes());
+  check_dropout_probability(op, p);
+  NTKCL_OP_CHECK(!(mask && key), op, "expected a mask or a key, got both");
+  if (mask) {
+    NTKCL_OP_CHECK_TYPE(mask->scalar_type() == at::kByte || mask->scalar_type() == at::kBool, op,
+                        "expected mask of uint8 or bool, got ", mask->scalar_type());
+    check_same_shape(op, "mask", *mask, "x", x);
+    NTKCL_OP_CHECK(mask->device() == x.device(), op, "expected mask on x's device ", x.device(),
+                   ", got ", mask->device());
+  }
+  if (key) {
+    check_key(op, *key);
+    NTKCL_OP_CHECK(key->is_cpu() || key->device() == x.device(), op,
+                   "expected key on the CPU or on x's device ", x.device(), ", got ",
+                   key->device());
+  }
+}
+
+void check_bias_relu_dropout_backward(const at::Tensor& grad, const at::Tensor& y, double p) {
+  const char* op = "bias_relu_dropout_backward";
+  check_floating(op, "y", y);
+  NTKCL_OP_CHECK(y.dim() >= 1, op, "expected y of shape (..., r), got a scalar");
+  check_like(op, "grad", grad, "y", y);
+  check_same_shape(op, "grad", grad, "y", y);
+  check_dropout_probability(op, p);
+}
+
+}  // namespace detail
+
+namespace {
+
+at::Tensor bias_relu_dropout_meta(const at::Tensor& x, const at::Tensor& bias,
+                                  const std::optional<at::Tensor>& mask,
+                                  const std::optional<at::Tensor>& key, double p) {
+  detail::check_bias_relu_dropout(x, bias, mask, key, p);
+  return at::empty_symint(x.sym_sizes(), x.options());
+}
+
+std::tuple<at::Tensor, at::Tensor> bias_relu_dropout_backward_meta(const at::Tensor& grad,
+                                                                   const at::Tensor& y, double p) {
+  detail::check_bias_relu_dropout_backward(grad, y, p);
+  return {at::empty_symint(y.sym_sizes(), y.options()),
+          at::empty_symint({y.sym_size(-1)}, y.options())};
+}
+
+at::Tensor bias_relu_dropout_cpu(const at::Tensor& x, const at::Tensor& bias,
+                                 const std::optional<at::Tensor>& mask,
+                                 const std::optional<at::Tensor>& key, double p) {
+  detail::check_bias_relu_dropout(x, bias, mask, key, p);
+  const at::Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) {
+    return y;
+  }
+  const at::Tensor x_dense = x.contiguous();
+  const at::Tensor bias_dense = bias.contiguous();
+  const at::Tensor mask_dense = mask ? mask->contiguous() : at::Tensor();
+  with_element_type(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    kernels::BiasReluDropout<T> args{.x = elements<T>(x_dense),
+                                     .bias = elements<T>(bias_dense),
+                                     .y = mutable_elements<T>(y),
+                                     .rows = y.numel() / y.size(-1),
+                                     .width = y.size(-1)};
+    if (mask) {
+      args.dropout = kernels::Dropout::kMask;
+      args.scale = 1 / (1 - p);
+      args.mask = elements<uint8_t>(mask_dense);
+    } else if (key) {
+      args.dropout = kernels::Dropout::kKey;
+      args.scale = 1 / (1 - p);
+      args.key = static_cast<uint64_t>(*elements<int64_t>(*key));
+      args.threshold = kernels::keep_threshold(p);
+    }
+    const int64_t blocks = (y.numel() + kernels::kKeepBlock - 1) / kernels::kKeepBlock;
+    at::parallel_for(
+        0, blocks, at::internal::GRAIN_SIZE / kernels::kKeepBlock,
+        [&](int64_t first, int64_t last) { kernels::bias_relu_dropout_cpu(args, first, last); });
+  });
+  return y;
+}
+
+std::tuple<at::Tensor, at::Tensor> bias_relu_dropout_backward_cpu(const at::Tensor& grad,
+                                                                  const at::Tensor& y, double p) {
+  detail::check_bias_relu_dropout_backward(grad, y, p);
+  const at::Tensor dx = at::empty(y.sizes(), y.options());
+  if (y.numel() == 0) {
+    return {dx, at::zeros({y.size(-1)}, y.options())};
+  }
+  const at::Tensor dbias = at::empty({y.size(-1)}, y.options());
+  const at::Tensor grad_dense = grad.contiguous();
+  const at::Tensor y_dense = y.contiguous();
+  with_element_type(y.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const kernels::BiasReluDropoutBackward<T> args{.grad = elements<T>(grad_dense),
+                                                   .y = elements<T>(y_dense),
+                                                   .dx = mutable_elements<T>(dx),
+                                                   .dbias = mutable_elements<T>(dbias),
+                                                   .rows = y.numel() / y.size(-1),
+                                                   .width = y.size(-1),
+                                                   .scale = 1 / (1 - p)};
+    const int64_t chunk_rows = kernels::bias_relu_dropout_chunk_rows(args.width);
+    const int64_t chunks = (args.rows + chunk_rows - 1) / chunk_rows;
+    const at::Tensor partials = at::empty({chunks, args.width}, y.options().dtype(at::kDouble));
+    double* partial = mutable_elements<double>(partials);
+    at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        kernels::bias_relu_dropout_backward_cpu(args, chunk, partial + chunk * args.width);
+      }
+    });
+    kernels::bias_relu_dropout_dbias_cpu(args, partial, chunks);
+  });
+  return {dx, dbias};
+}
+
+}  // namespace
+
+at::Tensor bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias,
+                             const std::optional<at::Tensor>& mask,
+                             const std::optional<at::Tensor>& key, double p) {
+  static const auto op = find_operator<at::Tensor(
+      const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+      const std::optional<at::Tensor>&, double)>("bias_relu_dropout");
+  return op.call(x, bias, mask, key, p);
+}
+
+std::tuple<at::Tensor, at::Tensor> bias_relu_dropout_backward(const at::Tensor& grad,
+                                                              const at::Tensor& y, double p) {
+  static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor>(
+      const at::Tensor&, const at::Tensor&, double)>("bias_relu_dropout_backward");
+  return op.call(grad, y, p);
+}
+
+TORCH_LIBRARY_IMPL(ntkcl, Meta, m) {
+  m.impl("bias_relu_dropout", &bias_relu_dropout_meta);
+  m.impl("bias_relu_dropout_backward", &bias_relu_dropout_backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(ntkcl, CPU, m) {
+  m.impl("bias_relu_dropout", &bias_relu_dropout_cpu);
+  m.impl("bias_relu_dropout_backward", &bias_relu_dropout_backward_cpu);
+}
+
+}  // namespace ntkcl::ops

@@ -1,0 +1,36 @@
+#include "ntkcl/ops/checks.h"
+
+namespace ntkcl::ops {
+
+void check_floating(const char* op, std::string_view name, const at::Tensor& tensor) {
+  const at::ScalarType type = tensor.scalar_type();
+  NTKCL_OP_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16, op,
+                      "expected ", name, " of float32, float64 or bfloat16, got ", type);
+}
+
+void check_like(const char* op, std::string_view name, const at::Tensor& tensor,
+                std::string_view other_name, const at::Tensor& other) {
+  NTKCL_OP_CHECK_TYPE(tensor.scalar_type() == other.scalar_type(), op, "expected ", name, " of ",
+                      other_name, "'s type ", other.scalar_type(), ", got ", tensor.scalar_type());
+  NTKCL_OP_CHECK(tensor.device() == other.device(), op, "expected ", name, " on ", other_name,
+                 "'s device ", other.device(), ", got ", tensor.device());
+}
+
+void check_same_shape(const char* op, std::string_view name, const at::Tensor& tensor,
+                      std::string_view other_name, const at::Tensor& other) {
+  NTKCL_OP_CHECK(tensor.sym_sizes() == other.sym_sizes(), op, "expected ", name, " of ", other_name,
+                 "'s shape ", other.sym_sizes(), ", got ", tensor.sym_sizes());
+}
+
+void check_dropout_probability(const char* op, double p) {
+  NTKCL_OP_CHECK(p >= 0 && p < 1, op, "expected a dropout probability 0 <= p < 1, got ", p);
+}
+
+void check_key(const char* op, const at::Tensor& key) {
+  NTKCL_OP_CHECK_TYPE(key.scalar_type() == at::kLong, op, "expected key of int64, got ",
+                      key.scalar_type());
+  NTKCL_OP_CHECK(key.sym_numel() == 1, op, "expected key with one element, got shape ",
+                 key.sym_sizes());
+}
+
+}  // namespace ntkcl::ops

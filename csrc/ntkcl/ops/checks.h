@@ -1,0 +1,33 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+
+// Errors of operators. They are c10's, since torch's own entry from Python makes ValueError and
+// TypeError of no others.
+#define NTKCL_OP_CHECK(condition, op, ...) TORCH_CHECK_VALUE(condition, "[", op, "] ", __VA_ARGS__)
+#define NTKCL_OP_CHECK_TYPE(condition, op, ...) \
+  TORCH_CHECK_TYPE(condition, "[", op, "] ", __VA_ARGS__)
+
+// Checks that several operators make of their arguments. They hold for symbolic sizes as well.
+namespace ntkcl::ops {
+
+// TypeError unless float32, float64 or bfloat16.
+void check_floating(const char* op, std::string_view name, const at::Tensor& tensor);
+
+// TypeError unless of other's element type; ValueError unless on its device.
+void check_like(const char* op, std::string_view name, const at::Tensor& tensor,
+                std::string_view other_name, const at::Tensor& other);
+
+// ValueError unless of other's shape.
+void check_same_shape(const char* op, std::string_view name, const at::Tensor& tensor,
+                      std::string_view other_name, const at::Tensor& other);
+
+// ValueError unless 0 <= p < 1.
+void check_dropout_probability(const char* op, double p);
+
+// A Philox key: one int64. TypeError, ValueError.
+void check_key(const char* op, const at::Tensor& key);
+
+}  // namespace ntkcl::ops

@@ -1,0 +1,25 @@
+#include <torch/library.h>
+
+#include "ntkcl/ops/checks.h"
+
+// For builds without CUDA: every operator's CUDA kernel is an error that says so.
+namespace ntkcl::ops {
+namespace {
+
+void no_cuda(const c10::OperatorHandle& op, c10::Stack*) {
+  NTKCL_OP_CHECK(
+      false, op.schema().name().substr(sizeof("ntkcl::") - 1),
+      "this build of ntkcl has no CUDA kernels; move the tensors to the CPU, or build where "
+      "nvcc and a CUDA torch are found (ntkcl.build_info says why they were not used)");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ntkcl, CUDA, m) {
+  for (const char* op : {"bias_relu_dropout", "bias_relu_dropout_backward", "philox_keep_mask",
+                         "section_cosine", "section_cosine_backward"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&no_cuda>());
+  }
+}
+
+}  // namespace ntkcl::ops

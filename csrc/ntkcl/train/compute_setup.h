@@ -1,0 +1,36 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "ntkcl/train/options.h"
+
+namespace ntkcl::train {
+
+// Where and in what the arithmetic runs. ValueError for a device that is not there.
+at::Device resolve_device(const std::string& name);
+at::ScalarType resolve_precision(const std::string& name);
+
+// Whether at::linear in float32 with torch's matmul precision "medium" still computes in float32 on
+// this processor: with AMX it means bf16, elsewhere it only chooses the faster GEMM library.
+// Decided by comparing one product with float64.
+bool medium_matmul_is_float32();
+
+// Keep freed blocks of any size instead of returning them to the system: pages of large activations
+// are touched once, not at every step. Process-wide, cannot be undone.
+void keep_large_blocks();
+
+// Sets thread count, determinism and matmul library for a run, and restores them at its end.
+class ComputeScope {
+ public:
+  ComputeScope(const TrainOptions& options, at::Device device);
+  ~ComputeScope();
+  ComputeScope(const ComputeScope&) = delete;
+  ComputeScope& operator=(const ComputeScope&) = delete;
+
+ private:
+  int threads_;
+  bool deterministic_, deterministic_warn_only_;
+  std::string matmul_precision_;
+};
+
+}  // namespace ntkcl::train

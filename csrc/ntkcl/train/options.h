@@ -1,0 +1,57 @@
+#pragma once
+
+#include "ntkcl/core/options.h"
+#include "ntkcl/optim/optimizer.h"
+#include "ntkcl/optim/schedule.h"
+
+namespace ntkcl::train {
+
+// What the task loop needs to know, whatever the method.
+struct TrainOptions {
+  int64_t initial_classes = 10;
+  int64_t increment = 10;
+  int64_t epochs = 20;
+  int64_t initial_epochs = 0;
+  int64_t batch_size = 16;
+  int64_t evaluation_batch_size = 64;
+  double learning_rate = 0.025;
+  double validation_fraction = 0.0;
+  int64_t seed = 0;
+  std::string device = "auto";
+  std::string precision = "auto";
+  bool deterministic = true;
+  int64_t threads = 0;
+  std::string cpu_matmul = "auto";
+  optim::OptimizerOptions optimizer;
+  optim::ScheduleOptions schedule;
+
+  template <class Visitor>
+  void visit(Visitor& v) {
+    v("initial_classes", initial_classes, at_least(1), "classes of the first task");
+    v("increment", increment, at_least(1),
+      "classes of each later task; the last task takes the rest");
+    v("epochs", epochs, at_least(1), "epochs of a task");
+    v("initial_epochs", initial_epochs, at_least(0), "epochs of the first task; 0: as `epochs`");
+    v("batch_size", batch_size, at_least(1), "training images a step; a short last batch is kept");
+    v("evaluation_batch_size", evaluation_batch_size, at_least(1),
+      "images a step without gradients");
+    v("learning_rate", learning_rate, at_least(0), "learning rate at a task's first epoch");
+    v("validation_fraction", validation_fraction, at_least(0).below(1),
+      "share of each class's training images that is held out and takes the place of the test "
+      "images");
+    v("seed", seed, at_least(0), "seed of the class order and of every random draw");
+    v("device", device, one_of({"auto", "cpu", "cuda"}),
+      "where to compute; auto: CUDA where there is a GPU");
+    v("precision", precision, one_of({"auto", "float32", "float64"}),
+      "dtype of all arithmetic; auto: float32");
+    v("deterministic", deterministic, anything(),
+      "bit-equal results for the same seed, device, build and thread count");
+    v("threads", threads, at_least(0), "CPU threads of the arithmetic; 0: torch's default");
+    v("cpu_matmul", cpu_matmul, one_of({"auto", "default"}),
+      "auto: the faster float32 GEMM library, where a probe shows that it computes in float32");
+    optimizer.visit(v);
+    schedule.visit(v);
+  }
+};
+
+}  // namespace ntkcl::train

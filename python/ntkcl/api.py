@@ -1,0 +1,228 @@
+"""The functions that a user calls."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import platform
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from ntkcl import _C
+from ntkcl import backbones as _backbones
+from ntkcl import config as _config
+from ntkcl.backbones import Weights, backbone_info, load_backbone
+from ntkcl.config import Config, Normalization, resolve
+from ntkcl.datasets import Dataset, load_dataset
+from ntkcl.progress import make_progress
+from ntkcl.result import Result, result_of
+from ntkcl.runfolder import RunFolder
+
+logger = logging.getLogger("ntkcl")
+
+
+def train(config: str | os.PathLike[str] | None = None, /, **keywords: Any) -> Result:
+    """Trains a method on a sequence of tasks, tests it after each, and writes a run folder.
+
+    With nothing given it runs the embedded default: NTK-CL on scikit-learn's handwritten digits.
+
+    Args:
+      config: TOML file with the keys below; keywords win over it.
+      **keywords: the keys below. A method's own keys are given in its section,
+        `ntk_cl={"eta": 0.03}`.
+
+    Raises:
+      ValueError, TypeError, FileNotFoundError: something given is wrong; nothing was written.
+      OSError: the run folder cannot be written to.
+      FloatingPointError: a loss is not finite. What was finished stays in the run folder.
+      KeyboardInterrupt: Ctrl-C, after the current step. What was finished stays.
+    """
+    arrays = keywords.get("dataset")
+    if not isinstance(arrays, Mapping):
+        return run(resolve(keywords, config))
+    return run(resolve(keywords | {"dataset": _config.ARRAYS}, config), arrays)
+
+
+def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result:
+    """Runs a resolved configuration; `arrays` are the images of dataset "arrays"."""
+    folder = RunFolder.reserve(config)
+    try:
+        dataset = load_dataset(
+            config.dataset if arrays is None else arrays,
+            config.data_root,
+            train_per_class=config.train_per_class,
+            test_per_class=config.test_per_class,
+        )
+        weights = load_backbone(config.backbone, config.weights)
+        trainer = _make_trainer(config, dataset, weights)
+        folder.begin(config, _environment(weights, dataset))
+    except BaseException:
+        folder.discard()
+        raise
+    with folder, make_progress(config.progress) as progress, _StopSignal() as stop:
+
+        def on_event(event: dict[str, Any]) -> None:
+            folder.record(event)
+            if event["event"] == "warning":
+                logger.warning(event["message"])
+            progress(event)
+
+        raw = trainer.run(on_event, stop)
+        result = result_of(raw, folder.path, config)
+        folder.finish(result, raw)
+    return result
+
+
+def list_methods() -> list[str]:
+    """Names of the methods."""
+    return list(_C.describe_options()["methods"])
+
+
+def info() -> dict[str, str]:
+    """Versions, devices and build options."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "ntkcl": str(_C.__version__),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "gpu": ", ".join(devices) or "none",
+        **{f"built with {key}": str(value) for key, value in _C.build_info.items()},
+    }
+
+
+def _make_trainer(config: Config, dataset: Dataset, weights: Weights) -> _C.Trainer:
+    backbone = backbone_info(config.backbone)
+    mean, std = _mean_std(config, backbone)
+    transformer = _C.VisionTransformer(weights.tensors, backbone.heads, config.image_size)
+    return _C.Trainer(
+        config.method,
+        config.method_options(),
+        config.train_options(),
+        transformer,
+        {
+            "train": dataset.train,
+            "test": dataset.test,
+            "class_order": _class_order(config, len(dataset.class_names)),
+        },
+        config.transform_options(),
+        config.loader_options(),
+        mean,
+        std,
+    )
+
+
+def _mean_std(config: Config, backbone: _backbones.Backbone) -> tuple[list[float], list[float]]:
+    if isinstance(config.normalize, Normalization):
+        return config.normalize.mean, config.normalize.std
+    if config.normalize == "weights":
+        return list(backbone.mean), list(backbone.std)
+    return [0.0] * 3, [1.0] * 3
+
+
+def _class_order(config: Config, count: int) -> list[int]:
+    order = config.class_order
+    if order == "natural":
+        return list(range(count))
+    if order == "seed":
+        return [int(index) for index in _C.numpy_permutation(config.seed, count)]
+    if len(order) != count:
+        raise ValueError(
+            f"[config] 'class_order': expected {count} class indices, as '{config.dataset}' has "
+            f"classes, got {len(order)}"
+        )
+    return [int(index) for index in order]
+
+
+def _environment(weights: Weights, dataset: Dataset) -> dict[str, Any]:
+    return {
+        **info(),
+        "weights": str(weights.path),
+        "weights_sha256": weights.sha256,
+        "dataset_manifest": dataset.manifest_hash,
+        "git_commit": _git_commit(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Commit of the folder that the run was started in."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+class _StopSignal:
+    """Turns the first Ctrl-C into a request that the task loop asks for after every step; the
+    second one interrupts at once. Only the main thread can listen to signals."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def _ask(self, _signal: int, _frame: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _document_train() -> None:
+    """Adds every key to the signature and the docstring of `train`, for help() and completion."""
+    lines = [train.__doc__ or "", "    Keys:"]
+    parameters = [inspect.Parameter("config", inspect.Parameter.POSITIONAL_ONLY, default=None)]
+    for option in _config.options():
+        allowed = f", {option.allowed}" if option.allowed else ""
+        lines.append(f"      {option.key} ({option.type}{allowed}): {option.doc}.")
+        lines[-1] += f" Default: {option.default!r}."
+        if "." not in option.key:
+            parameters.append(
+                inspect.Parameter(
+                    option.key, inspect.Parameter.KEYWORD_ONLY, default=option.default
+                )
+            )
+    train.__doc__ = "\n".join(lines)
+    sections = [
+        inspect.Parameter(
+            _config.method_section(name), inspect.Parameter.KEYWORD_ONLY, default=None
+        )
+        for name in list_methods()
+    ]
+    train.__signature__ = inspect.Signature(parameters + sections)  # type: ignore[attr-defined]
+
+
+_document_train()

@@ -1,0 +1,215 @@
+"""The command `ntkcl`.
+
+    ntkcl train                      the embedded default
+    ntkcl train --preset ntk-cl/cifar100-in21k --data-root ~/data --epochs 5
+    ntkcl train --config c.toml --ntk-cl.eta 0.03
+    ntkcl methods | datasets | presets | backbones | info
+
+What is wrong in what was given ends as one line on stderr with exit code 2, Ctrl-C with 130.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import ntkcl
+from ntkcl import _C, config
+from ntkcl.api import run
+from ntkcl.backbones import backbone_info
+from ntkcl.datasets import list_datasets
+from ntkcl.names import did_you_mean
+from ntkcl.presets import PRESETS
+from ntkcl.progress import result_table
+
+_USER_ERRORS = (ValueError, TypeError, OSError)
+_UNSET = type("Unset", (str,), {})("")  # told from an empty text by identity
+_UNSET_LIST: list[str] = []
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and ends the process with its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        sys.exit(_dispatch(words))
+    except KeyboardInterrupt as stop:
+        sys.exit(_fail(str(stop) or "stopped", 130))
+    except FloatingPointError as error:
+        sys.exit(_fail(str(error), 1))
+    except _USER_ERRORS as error:
+        sys.exit(_fail(str(error), 2))
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        _print_help()
+        return 0
+    if words[0] == "--version":
+        print(ntkcl.__version__)
+        return 0
+    command = _COMMANDS.get(words[0])
+    if command is None:
+        hint = did_you_mean(words[0], _COMMANDS)
+        raise ValueError(
+            f"[ntkcl] expected a command ({', '.join(_COMMANDS)}), got '{words[0]}'{hint}"
+        )
+    command(words[1:])
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print("ntkcl: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+# ---- ntkcl train ---------------------------------------------------------------------------------
+
+
+def _train(words: list[str]) -> None:
+    """Train a method on a sequence of tasks and write a run folder."""
+    file, given = parse_train(words)
+    result = run(config.resolve(given, file))
+    console = Console()
+    console.print(result_table(result))
+    console.print(
+        f"{result.seconds:.1f} s, {result.images_per_second:.0f} training images/s. "
+        f"Run folder: {result.output}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """The configuration file and the keys that a command line gives, under their dotted names."""
+    parsed, unknown = tyro.cli(
+        _arguments(),
+        args=words,
+        prog="ntkcl train",
+        description=_train.__doc__,
+        return_unknown_args=True,
+    )
+    options = {option.key: option for option in config.options()}
+    if unknown:
+        _refuse(unknown[0], list(options))
+    file = None if parsed.config is _UNSET else str(parsed.config)
+    texts = {key: _attribute(parsed, key) for key in options}
+    return file, {
+        key: config.from_text(options[key], text)
+        for key, text in texts.items()
+        if text is not _UNSET and text is not _UNSET_LIST
+    }
+
+
+def _arguments() -> type[Any]:
+    """Every key as an argument that is unset by default, so that only what is given wins over
+    presets; a method's keys stand in a group of their own."""
+    fields: list[Any] = [("config", _argument("FILE", "TOML file with any of these keys", ""), _UNSET)]
+    groups: dict[str, list[Any]] = {}
+    for option in config.options():
+        section, _, name = option.key.rpartition(".")
+        is_list = option.type.startswith("list")
+        allowed = option.allowed.removeprefix("one of: ")
+        default = "none" if option.default is None else _default_text(option.default)
+        hint = f"(default: {default}{'; ' + allowed if allowed else ''})"
+        metavar = option.type.upper() if not is_list else option.type[5:-1].upper() + " ..."
+        kind = _argument(metavar, option.doc, hint, list[str] if is_list else str)
+        unset = dataclasses.field(default_factory=lambda: _UNSET_LIST) if is_list else _UNSET
+        (groups.setdefault(section, []) if section else fields).append((name, kind, unset))
+    for section, members in groups.items():
+        group = dataclasses.make_dataclass(f"{section}_options", members)
+        fields.append((section, group, dataclasses.field(default_factory=group)))
+    return dataclasses.make_dataclass("Train", fields)
+
+
+def _argument(metavar: str, doc: str, hint: str, kind: Any = str) -> Any:
+    return Annotated[kind, tyro.conf.arg(help=doc, metavar=metavar, help_behavior_hint=hint)]
+
+
+def _default_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def _attribute(parsed: Any, key: str) -> Any:
+    for part in key.split("."):
+        parsed = getattr(parsed, part)
+    return parsed
+
+
+def _refuse(word: str, known: list[str]) -> None:
+    key = word.partition("=")[0].removeprefix("--").replace("-", "_")
+    near = did_you_mean(key, known)
+    raise ValueError(f"[config] unknown key '{key}'{near or '; see `ntkcl train --help`'}")
+
+
+# ---- What there is -------------------------------------------------------------------------------
+
+
+def _info(_: list[str]) -> None:
+    """Print versions, devices and build options."""
+    _print_table(["", ""], [[key, value] for key, value in ntkcl.info().items()])
+
+
+def _methods(_: list[str]) -> None:
+    """List the methods."""
+    described = _C.describe_options()["methods"]
+    _print_table(
+        ["method", "what it is", "variants"],
+        [[name, entry["doc"], ", ".join(entry["variants"])] for name, entry in described.items()],
+    )
+
+
+def _datasets(_: list[str]) -> None:
+    """List the data sets that are known by name."""
+    _print_table(["data set"], [[name] for name in list_datasets()])
+
+
+def _presets(_: list[str]) -> None:
+    """List the published settings."""
+    keys = ("initial_classes", "increment", "learning_rate", "batch_size", "epochs", "weight_decay")
+    _print_table(
+        ["preset", *keys],
+        [[name, *(str(preset[key]) for key in keys)] for name, preset in PRESETS.items()],
+    )
+
+
+def _backbones(_: list[str]) -> None:
+    """List the backbones."""
+    rows = []
+    for name in ntkcl.list_backbones():
+        known = backbone_info(name)
+        sizes = (known.width, known.depth, known.heads, known.patch_size, known.image_size)
+        rows.append([name, *map(str, sizes), known.hub_id or "in the package"])
+    _print_table(["backbone", "width", "depth", "heads", "patch", "image", "weights"], rows)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "info": _info,
+    "methods": _methods,
+    "datasets": _datasets,
+    "presets": _presets,
+    "backbones": _backbones,
+}
+
+
+def _print_help() -> None:
+    print("usage: ntkcl COMMAND [OPTIONS]\n\ncommands:")
+    for name, command in _COMMANDS.items():
+        print(f"  {name:<11}{command.__doc__}")
+    print("\n`ntkcl train --help` lists every key of the configuration.")
+
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    table = Table(*head, box=box.SIMPLE_HEAD, show_header=any(head))
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,452 @@
+"""One validated configuration: the same keys in Python, in a TOML file and on the command line.
+
+The keys of training, loading, transforms and methods are described by the C++ core
+(`_C.describe_options`); those that only Python reads are fields of `Config`. A configuration is
+made in layers, each winning over the one before:
+
+    defaults < variant < preset < file < keywords
+
+The defaults follow the data set and the backbone where it has its own (`presets.DATASET_DEFAULTS`,
+the backbone's image size).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from ntkcl import _C, presets
+from ntkcl.backbones import DEFAULT_BACKBONE, backbone_info
+from ntkcl.names import did_you_mean
+
+ARRAYS = "arrays"  # the value of `dataset` that stands for arrays in memory
+_VARIANT_NORMALIZE = {"release": "none", "corrected": "weights"}
+
+
+class Normalization(BaseModel):
+    """Mean and standard deviation of the three colour channels, for pixels in [0, 1]."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+
+
+class Config(BaseModel):
+    """The resolved configuration of a run. Made by `resolve`, which adds the keys of the C++ core."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True
+    )
+
+    method: str = Field("ntk-cl", description="method to train; see list_methods()")
+    variant: str = Field(
+        "corrected", description="'release': as published; 'corrected': with its defects repaired"
+    )
+    preset: str | None = Field(None, description="published settings by name; see list_presets()")
+    dataset: str = Field(
+        "digits",
+        description="name, folder (train/<class>/*, test/<class>/*) or zip of it; see list_datasets()",
+    )
+    data_root: str | None = Field(None, description="folder that holds the named data sets")
+    train_per_class: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="first training images used of each class; none: all"
+    )
+    test_per_class: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="first test images used of each class; none: all"
+    )
+    backbone: str = Field(
+        DEFAULT_BACKBONE, description="timm name with its tag; see list_backbones()"
+    )
+    weights: str | None = Field(
+        None, description="safetensors file of the backbone; none: the package or the hub's cache"
+    )
+    normalize: Literal["none", "weights"] | Normalization = Field(
+        "weights",
+        description="'none': pixels in [0, 1]; 'weights': the backbone's mean and std; or {mean, std}",
+    )
+    class_order: Literal["seed", "natural"] | list[int] = Field(
+        "seed", description="'seed': permuted by the seed; 'natural': as the data set; or class indices"
+    )
+    output: str | None = Field(None, description="run folder; none: runs/<method>-<dataset>-<time>")
+    progress: bool = Field(True, description="show progress")
+
+    def train_options(self) -> dict[str, Any]:
+        """Options of the task loop under their C++ names."""
+        return self._group("train")
+
+    def transform_options(self) -> dict[str, Any]:
+        """Options of the image transform under their C++ names."""
+        return self._group("transform")
+
+    def loader_options(self) -> dict[str, Any]:
+        """Options of the image loader under their C++ names."""
+        return self._group("loader")
+
+    def method_options(self) -> dict[str, Any]:
+        """Options of the method under their C++ names."""
+        section = getattr(self, method_section(self.method), None)
+        return section.model_dump() if isinstance(section, BaseModel) else {}
+
+    def flat(self) -> dict[str, Any]:
+        """Every key with its value; a method's keys are dotted ("ntk_cl.eta")."""
+        return _flatten(self.model_dump())
+
+    def _group(self, group: str) -> dict[str, Any]:
+        infos = _C.describe_options()[group]
+        return {info["key"]: getattr(self, info["key"]) for info in infos}
+
+    def __getattr__(self, name: str) -> Any:  # keys of the C++ core: fields that a checker cannot see
+        return super().__getattr__(name)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One key as a user meets it."""
+
+    key: str  # "epochs", "ntk_cl.eta"
+    type: str  # "int", "list[float]", "str"...
+    default: Any
+    allowed: str  # ">= 1", "one of: a, b"; empty where everything of the type is allowed
+    doc: str
+    field: Any  # what pydantic validates
+
+
+def options(method: str | None = None) -> list[Option]:
+    """All keys with type, default, what is allowed and doc; of every method, or of one."""
+    described = _C.describe_options()
+    methods = described["methods"]
+    own = [
+        Option(key, *_own_type(key), doc=field.description or "", field=field)
+        for key, field in Config.model_fields.items()
+    ]
+    common = [
+        _option(info["key"], info)
+        for group in ("train", "transform", "loader")
+        for info in described[group]
+    ]
+    chosen = [method] if method else list(methods)
+    special = [
+        _option(f"{methods[name]['section']}.{info['key']}", info)
+        for name in chosen
+        for info in methods[name]["options"]
+    ]
+    return own + common + special
+
+
+def method_section(method: str) -> str:
+    """Name of the section that holds a method's keys ("ntk-cl" -> "ntk_cl")."""
+    return str(_C.describe_options()["methods"][method]["section"])
+
+
+def resolve(
+    keywords: Mapping[str, Any] | None = None, file: str | os.PathLike[str] | None = None
+) -> Config:
+    """Makes the configuration of a run from a TOML file and keywords.
+
+    Method options stand in a section (`ntk_cl={"eta": 0.03}`) or are dotted (`"ntk_cl.eta"`).
+
+    Raises:
+      ValueError: unknown key, value that is not allowed, or impossible combination.
+      TypeError: value of the wrong type.
+      FileNotFoundError: no such file.
+    """
+    given = (_flatten(read_toml(file)) if file is not None else {}) | _flatten(keywords or {})
+    _check_known(given)
+
+    preset_name = _select(given, "preset", presets.list_presets())
+    preset = _flatten(presets.PRESETS[preset_name]) if preset_name is not None else {}
+    chosen = preset | given
+    methods = _C.describe_options()["methods"]
+    method = _select(chosen, "method", list(methods))
+    variants = methods[method]["variants"]
+    variant = _select(chosen, "variant", list(variants) or list(_VARIANT_NORMALIZE))
+    _check_sections(given, method)
+
+    backbone = _select(chosen, "backbone", None)
+    dataset = _select(chosen, "dataset", None)
+    section = methods[method]["section"]
+    layers: list[Mapping[str, Any]] = [
+        {"image_size": backbone_info(backbone).image_size},
+        _flatten(presets.DATASET_DEFAULTS.get(dataset, {})),
+        {"normalize": _VARIANT_NORMALIZE.get(variant, "weights")},
+        {f"{section}.{key}": value for key, value in variants.get(variant, {}).items()},
+        preset,
+        given,
+    ]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged |= {key: v for key, v in layer.items() if _belongs(key, section)}
+    config = _validate(_nest(merged), method)
+    _check_combinations(config)
+    return config
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a configuration file; FileNotFoundError, or ValueError with the line that is wrong."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"[config] expected a TOML file, got '{path}': no such file")
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"[config] '{path}' is not valid TOML: {error}") from None
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML, each key below its doc; `resolve(file=...)` gives it back."""
+    values = config.flat()
+    lines: list[str] = []
+    section = ""
+    for option in options(config.method):
+        value = values[option.key]
+        *parents, key = option.key.split(".")
+        if value is None:  # TOML has no null; such keys are none by default
+            continue
+        if parents and parents[0] != section:
+            section = parents[0]
+            lines += ["", f"[{section}]"]
+        lines += [f"# {option.doc}", f"{key} = {_toml_value(value)}"]
+    return "\n".join(lines) + "\n"
+
+
+def from_text(option: Option, text: str | Sequence[str]) -> Any:
+    """The value that a command line means by `text`; what does not fit is left to `resolve`."""
+    try:
+        if option.type.startswith("list"):
+            return pydantic.TypeAdapter(_TYPES[option.type]).validate_python(list(text))
+        if isinstance(text, str) and text[:1] in ("[", "{"):
+            return tomllib.loads(f"value = {text}")["value"]
+        if option.type in _TYPES:
+            return pydantic.TypeAdapter(_TYPES[option.type]).validate_python(text)
+    except (pydantic.ValidationError, tomllib.TOMLDecodeError):
+        pass
+    return text
+
+
+_TYPES: dict[str, Any] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "list[int]": list[int],
+    "list[float]": list[float],
+}
+
+
+def _own_type(key: str) -> tuple[str, Any, str]:
+    """Type, default and what is allowed of a key of `Config`."""
+    default = Config.model_fields[key].default
+    special = {
+        "train_per_class": ("int", default, ">= 1"),
+        "test_per_class": ("int", default, ">= 1"),
+        "normalize": ("str", "by variant", "none, weights or {mean, std}"),
+        "class_order": ("str", default, "seed, natural or class indices"),
+        "method": ("str", default, "one of: " + ", ".join(_C.describe_options()["methods"])),
+        "variant": ("str", default, "one of: " + ", ".join(_VARIANT_NORMALIZE)),
+    }
+    return special.get(key, (type(default).__name__ if default is not None else "str", default, ""))
+
+
+def _option(key: str, info: Mapping[str, Any]) -> Option:
+    return Option(key, info["type"], info["default"], info["allowed"], info["doc"], _field(info))
+
+
+def _field(info: Mapping[str, Any]) -> Any:
+    """An option of the C++ core as pydantic's (annotation, field)."""
+    kind: Any = _TYPES[info["type"]]
+    if info["choices"]:
+        kind = Literal[tuple(info["choices"])]
+    bounds = {
+        bound: info[side]
+        for side, closed, opened in (("low", "ge", "gt"), ("high", "le", "lt"))
+        if math.isfinite(info[side])
+        for bound in (opened if info[f"{side}_open"] else closed,)
+    }
+    if bounds and info["type"].startswith("list"):
+        kind = list[Annotated[_TYPES[info["type"][5:-1]], Field(**bounds)]]
+    elif bounds:
+        kind = Annotated[kind, Field(**bounds)]
+    return (kind, Field(info["default"], description=info["doc"]))
+
+
+@functools.cache
+def _model(method: str) -> type[Config]:
+    described = _C.describe_options()
+    fields = {
+        info["key"]: _field(info)
+        for group in ("train", "transform", "loader")
+        for info in described[group]
+    }
+    special = described["methods"][method]
+    section = pydantic.create_model(
+        special["section"],
+        __config__=Config.model_config,
+        **{info["key"]: _field(info) for info in special["options"]},
+    )
+    if special["options"]:
+        fields[special["section"]] = (section, Field(default_factory=section))
+    return pydantic.create_model("Config", __base__=Config, **fields)
+
+
+def _validate(values: dict[str, Any], method: str) -> Config:
+    try:
+        return _model(method).model_validate(values)
+    except pydantic.ValidationError as error:
+        known = {option.key: option for option in options(method)}
+        problems = {_key_of(item["loc"], known): item for item in reversed(error.errors())}
+        wrong_type = any(_is_type_error(item["type"]) for item in problems.values())
+        text = "; ".join(
+            f"'{key}': expected {_expected(known[key])}, got {_shown(_lookup(values, key))}"
+            for key in reversed(problems)
+        )
+    raise (TypeError if wrong_type else ValueError)(f"[config] {text}")
+
+
+def _key_of(location: tuple[int | str, ...], known: Mapping[str, Option]) -> str:
+    dotted = ".".join(str(part) for part in location[:2])
+    return dotted if dotted in known else str(location[0])
+
+
+def _is_type_error(kind: str) -> bool:
+    return kind.endswith("_type") or kind in ("int_from_float",)
+
+
+def _expected(option: Option) -> str:
+    if option.allowed.startswith("one of: "):
+        return option.allowed
+    if option.key in ("normalize", "class_order"):
+        return option.allowed
+    return f"{option.type} {option.allowed}".strip()
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_known(given: Mapping[str, Any]) -> None:
+    known = [option.key for option in options()]
+    for key in given:
+        if key not in known:
+            hint = did_you_mean(key, known) or "; see `ntkcl train --help`"
+            raise ValueError(f"[config] unknown key '{key}'{hint}")
+
+
+def _select(values: Mapping[str, Any], key: str, known: list[str] | None) -> Any:
+    """A key that other defaults depend on, checked before the rest."""
+    default = Config.model_fields[key].default
+    value = values.get(key, default)
+    if value is None and default is None:
+        return None
+    if not isinstance(value, str):
+        raise TypeError(f"[config] '{key}': expected str, got {_shown(value)}")
+    if known is not None and value not in known:
+        raise ValueError(
+            f"[config] '{key}': expected one of: {', '.join(known)}, got '{value}'"
+            + did_you_mean(value, known)
+        )
+    return value
+
+
+def _check_sections(given: Mapping[str, Any], method: str) -> None:
+    section = method_section(method)
+    for key in given:
+        if not _belongs(key, section):
+            raise ValueError(
+                f"[config] '{key}': the method is '{method}', which does not read this section"
+            )
+
+
+def _belongs(key: str, section: str) -> bool:
+    return "." not in key or key.startswith(section + ".")
+
+
+def _check_combinations(config: Config) -> None:
+    patch = backbone_info(config.backbone).patch_size
+    if config.image_size % patch:
+        raise ValueError(
+            f"[config] 'image_size': expected a multiple of the patch size {patch} of "
+            f"'{config.backbone}', got {config.image_size}"
+        )
+    if config.milestones and config.schedule != "multistep":
+        raise ValueError(
+            f"[config] 'milestones': expected schedule 'multistep', got schedule '{config.schedule}'"
+        )
+    order = config.class_order
+    if isinstance(order, list) and sorted(order) != list(range(len(order))):
+        raise ValueError(
+            f"[config] 'class_order': expected each of 0 ... {max(len(order) - 1, 0)} once, "
+            f"got {_shown(order)}"
+        )
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections become dotted keys; values become plain Python values."""
+    sections = {special["section"] for special in _C.describe_options()["methods"].values()}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in sections:
+            if not isinstance(value, Mapping):
+                raise TypeError(f"[config] '{key}': expected a table of options, got {_shown(value)}")
+            pairs = {f"{key}.{inner}": plain_value(v) for inner, v in value.items()}
+        else:
+            pairs = {key: plain_value(value)}
+        for name, plain in pairs.items():
+            if name in flat:
+                raise ValueError(f"[config] '{name}': given twice")
+            flat[name] = plain
+    return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        table = nested.setdefault(parents[0], {}) if parents else nested
+        table[last] = value
+    return nested
+
+
+def _lookup(values: Mapping[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def plain_value(value: Any) -> Any:
+    """Paths, tuples and numpy values as str, list and Python numbers."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain_value(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(inner) for inner in value]
+    return value
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        inner = ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items())
+        return "{" + inner + "}"
+    return repr(value)

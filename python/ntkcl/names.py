@@ -1,0 +1,29 @@
+"""The known name that a misspelt one most likely means."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """By the part after the dot ("eta"), by initials ("lr"), by spelling; None where nothing is near."""
+    names = list(known)
+    plain = word.replace("-", "_").lower()
+    lasts = {name.rpartition(".")[2]: name for name in reversed(names)}
+    if plain in lasts:
+        return lasts[plain]
+    for last, name in lasts.items():
+        initials = "".join(part[:1] for part in last.split("_"))
+        if len(initials) > 1 and plain == initials:
+            return name
+    close = difflib.get_close_matches(plain, [*names, *lasts], n=1) or difflib.get_close_matches(
+        word, names, n=1
+    )
+    return lasts.get(close[0], close[0]) if close else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?", or nothing."""
+    near = nearest(word, known)
+    return f"; did you mean '{near}'?" if near else ""

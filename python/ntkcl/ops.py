@@ -1,0 +1,93 @@
+"""Differentiable operators of ntkcl, for use in any PyTorch model.
+
+Each runs on CPU and CUDA in float32, float64 and bfloat16 (computed with as float32), and works
+with autograd, ``torch.compile`` and fake tensors. They are ``torch.ops.ntkcl.*`` with argument
+names and documentation. Random numbers come from a key, not from torch's generators: equal keys
+give equal draws on every device, for any number of threads.
+
+Second derivatives are not implemented and raise an error.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ntkcl import _C  # noqa: F401  # registers the operators
+
+__all__ = ["bias_relu_dropout", "philox_keep_mask", "section_cosine"]
+
+
+def bias_relu_dropout(
+    x: torch.Tensor,
+    bias: torch.Tensor,
+    p: float = 0.0,
+    *,
+    key: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``relu(x + bias) * keep / (1 - p)``: the middle of an adapter, in one pass over memory.
+
+    Keeps only its result for the backward pass.
+
+    Args:
+        x: (..., r), float32, float64 or bfloat16. Copied first if it is not contiguous.
+        bias: (r), of x's type and device.
+        p: The probability of an element being dropped, 0 <= p < 1.
+        key: One int64, on the CPU or on x's device (there a captured CUDA graph reads it anew at
+            each replay). Use another key for each layer and step: any distinct numbers will do.
+        mask: Instead of a key, of x's shape, uint8 or bool, 0 where dropped.
+
+    Returns:
+        (..., r), contiguous. Without key and mask there is no dropout, and p is not used.
+
+    Raises:
+        ValueError: Shapes or devices do not fit, p is out of range, or both key and mask are given.
+        TypeError: An element type is not one of the above.
+
+    Source: NTK-CL (arXiv 2407.17120), the adapter of the channel sub-network.
+    """
+    return torch.ops.ntkcl.bias_relu_dropout(x, bias, mask, key, p)
+
+
+def philox_keep_mask(key: torch.Tensor, size: Sequence[int], p: float) -> torch.Tensor:
+    """The dropout mask that a key stands for: the one that :func:`bias_relu_dropout` draws from it.
+
+    Args:
+        key: One int64. The mask is made on its device.
+        size: The mask's shape.
+        p: The probability of an element being dropped, 0 <= p < 1.
+
+    Returns:
+        uint8 of shape ``size``, 1 where kept. Element i in row-major order is kept iff the top 24
+        bits of word i % 4 of Philox4x32-10 at counter i // 4 are at least p * 2**24.
+
+    Raises:
+        ValueError: A negative size, p out of range, or a key of more than one element.
+        TypeError: The key is not int64.
+    """
+    return torch.ops.ntkcl.philox_keep_mask(key, size, p)
+
+
+def section_cosine(
+    x: torch.Tensor, prototypes: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """``scores[i, k] = sum_s weights[s] * cos(x[i, s], prototypes[k, s])``, section by section.
+
+    With one section, and the scale as ``weights``, this is a cosine classifier's logits. The
+    norms are clamped from below at 1e-12, as in :func:`torch.nn.functional.normalize`.
+
+    Args:
+        x: (B, S*C), float32, float64 or bfloat16.
+        prototypes: (n, S*C), of x's type and device.
+        weights: (S), one per section, of x's type and device.
+
+    Returns:
+        (B, n), of x's type. All three arguments are differentiable.
+
+    Raises:
+        ValueError: Shapes or devices do not fit, or the columns cannot be split into S sections.
+        TypeError: An element type is not one of the above.
+
+    Source: NTK-CL (arXiv 2407.17120), the scores of the prototype classifier.
+    """
+    return torch.ops.ntkcl.section_cosine(x, prototypes, weights)

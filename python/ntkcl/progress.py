@@ -1,0 +1,172 @@
+"""What a person sees of a run: a live display on a terminal, plain lines elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from ntkcl.result import Result, percent
+
+Event = Mapping[str, Any]
+
+
+class Silent:
+    """Shows nothing. The displays below fill in the hooks: one per kind of event."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    def __call__(self, event: Event) -> None:
+        handler = getattr(self, f"on_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+
+class Lines(Silent):
+    """One line per epoch and per test: for log files and notebooks."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._tasks = 0
+
+    def on_run_begin(self, event: Event) -> None:
+        self._tasks = event["tasks"]
+        sizes = ", ".join(str(size) for size in event["task_sizes"])
+        self._print(f"{self._tasks} tasks of {sizes} classes, {event['steps']} training steps")
+
+    def on_epoch(self, event: Event) -> None:
+        self._print(
+            f"{_task_text(event, self._tasks)}  epoch {event['epoch'] + 1}/{event['epochs']}  "
+            f"{_losses_text(event['losses'])}  {event['images_per_second']:.0f} images/s"
+        )
+
+    def on_evaluation(self, event: Event) -> None:
+        self._print(f"{_task_text(event, self._tasks)}  {_accuracy_text(event)}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+class Live(Silent):
+    """Two bars: all training steps with the time left, and what is going on now."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._all = self._progress.add_task("training", total=None, detail="")
+        self._now = self._progress.add_task("preparing", total=None, detail="")
+        self._tasks = 0
+        self._epochs = ""
+        self._rate = ""
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def on_run_begin(self, event: Event) -> None:
+        self._tasks = event["tasks"]
+        # A method without training has no steps: its tasks are counted.
+        total = event["steps"] or self._tasks
+        self._progress.update(self._all, total=total, detail="")
+
+    def on_task_begin(self, event: Event) -> None:
+        self._progress.update(self._all, description=_task_text(event, self._tasks))
+
+    def on_step(self, event: Event) -> None:
+        self._progress.advance(self._all)
+        self._progress.update(
+            self._now,
+            description=f"epoch {event['epoch'] + 1}",
+            completed=event["step"] + 1,
+            total=event["steps"],
+            detail=f"{_losses_text(event['losses'])}{self._rate}",
+        )
+
+    def on_epoch(self, event: Event) -> None:
+        self._rate = f"  {event['images_per_second']:.0f} images/s"
+
+    def on_stage(self, event: Event) -> None:
+        self._progress.update(
+            self._now,
+            description=event["name"],
+            completed=event["images_done"],
+            total=event["images"],
+            detail="images",
+        )
+
+    def on_evaluation(self, event: Event) -> None:
+        self._progress.console.print(
+            f"{_task_text(event, self._tasks)}  {_accuracy_text(event)}", highlight=False
+        )
+
+    def on_task_end(self, event: Event) -> None:
+        if self._progress.tasks[0].total == self._tasks:
+            self._progress.advance(self._all)
+
+
+def make_progress(shown: bool) -> Silent:
+    """The display that fits where the output goes."""
+    if not shown:
+        return Silent()
+    console = Console(stderr=True)
+    if console.is_jupyter:
+        return Lines(Console(file=sys.stdout, force_jupyter=False))
+    return Live(console) if console.is_terminal else Lines(console)
+
+
+def result_table(result: Result) -> Table:
+    """Accuracies after each task, and the headline numbers below."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"{result.config.method} on {result.config.dataset}")
+    for name in ("after task", "all classes seen", "new", "old", "task id", "within task"):
+        table.add_column(name, justify="right")
+    for e in result.evaluations:
+        numbers = (e.top1, e.new_classes, e.old_classes, e.task_id, e.within_task)
+        table.add_row(str(e.task + 1), *(percent(number) for number in numbers))
+    numbers = "   ".join(f"{name} {text}" for name, text in result.headline().items())
+    table.caption = numbers
+    return table
+
+
+def _task_text(event: Event, tasks: int) -> str:
+    return f"task {event['task'] + 1}/{tasks}"
+
+
+def _accuracy_text(event: Event) -> str:
+    return f"accuracy {event['top1']:.2f} % on {event['count']} test images of all classes seen"
+
+
+def _losses_text(losses: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in losses.items())

@@ -1,0 +1,142 @@
+"""What a finished run gives back."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkcl.config import Config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The test after one task, over all classes seen so far. Percentages; NaN where undefined."""
+
+    task: int  # from 0
+    count: int  # test images
+    top1: float  # A_t
+    top5: float  # NaN up to five classes seen
+    per_task: tuple[float, ...]  # accuracy on each seen task
+    old_classes: float  # accuracy on classes of earlier tasks; NaN after the first
+    new_classes: float  # accuracy on classes of this task
+    task_id: float  # the predicted class is in the right task
+    within_task: float  # argmax restricted to the true task
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Accuracies in percent (0 to 100), T tasks.
+
+    `accuracy_matrix[i, j]` is the accuracy on task j after task i, NaN for j > i.
+    `final_accuracy` is A_T over all test images, `average_accuracy` the mean of A_1 ... A_T; the
+    `*_task_mean` weigh tasks equally. `forgetting` is the mean over earlier tasks of best minus
+    final accuracy, `backward_transfer` of final accuracy minus that right after the task (both NaN
+    with one task).
+    """
+
+    final_accuracy: float
+    average_accuracy: float
+    final_task_mean: float
+    average_task_mean: float
+    forgetting: float
+    backward_transfer: float
+    accuracy_matrix: NDArray[np.float64]  # (T, T)
+    evaluations: tuple[Evaluation, ...]  # after each task
+    seconds: float  # wall time of the run
+    training_seconds: float  # of it, in training steps
+    images_per_second: float  # images trained on per training second
+    trainable_parameters: int
+    skipped_images: int  # corrupt images left out, with on_corrupt="skip"
+    output: Path  # the run folder
+    config: Config
+
+    @property
+    def accuracy(self) -> tuple[float, ...]:
+        """A_t after each task: top-1 over all test images of the classes seen."""
+        return tuple(evaluation.top1 for evaluation in self.evaluations)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What result.json holds: numbers, lists and dicts; NaN stays NaN."""
+        numbers = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in ("accuracy_matrix", "evaluations", "output", "config")
+        }
+        return {
+            "method": self.config.method,
+            "dataset": self.config.dataset,
+            **numbers,
+            "accuracy": list(self.accuracy),
+            "accuracy_matrix": self.accuracy_matrix.tolist(),
+            "evaluations": [
+                {**vars(evaluation), "per_task": list(evaluation.per_task)}
+                for evaluation in self.evaluations
+            ],
+        }
+
+    def plot(self) -> Figure:
+        """Accuracy over the tasks beside the accuracy matrix, as a matplotlib figure."""
+        from ntkcl.report import accuracy_figure
+
+        return accuracy_figure(self)
+
+    def headline(self) -> dict[str, str]:
+        """The numbers that are quoted first, as text by name."""
+        return {
+            "final accuracy": percent(self.final_accuracy),
+            "average accuracy": percent(self.average_accuracy),
+            "forgetting": percent(self.forgetting),
+            "backward transfer": percent(self.backward_transfer),
+        }
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name} {text}" for name, text in self.headline().items())
+        return (
+            f"<ntkcl.Result {self.config.method} on {self.config.dataset}, "
+            f"{len(self.evaluations)} tasks: {numbers}; {self.seconds:.1f} s, '{self.output}'>"
+        )
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>task {task + 1}</th>" for task in range(len(self.evaluations)))
+        rows = "".join(
+            f"<tr><th>{e.task + 1}</th><td><b>{e.top1:.2f}</b></td>"
+            + "".join(f"<td>{value:.2f}</td>" for value in e.per_task)
+            + "<td></td>" * (len(self.evaluations) - len(e.per_task))
+            + "</tr>"
+            for e in self.evaluations
+        )
+        numbers = " · ".join(f"{name} <b>{text}</b>" for name, text in self.headline().items())
+        title = html.escape(f"{self.config.method} on {self.config.dataset}")
+        return (
+            f"<p><b>{title}</b> · {numbers} · {self.seconds:.1f} s</p>"
+            f"<table><tr><th>after task</th><th>all seen</th>{head}</tr>{rows}</table>"
+        )
+
+
+def result_of(raw: Mapping[str, Any], output: Path, config: Config) -> Result:
+    """A `Result` from what the C++ task loop returns."""
+    evaluations = tuple(
+        Evaluation(**{**entry, "per_task": tuple(entry["per_task"])})
+        for entry in raw["evaluations"]
+    )
+    own = {"accuracy_matrix", "evaluations", "output", "config"}
+    numbers = {name: raw[name] for name in Result.__dataclass_fields__ if name not in own}
+    matrix = np.asarray(raw["accuracy_matrix"], dtype=np.float64)
+    return Result(
+        **numbers, accuracy_matrix=matrix, evaluations=evaluations, output=output, config=config
+    )
+
+
+def percent(value: float) -> str:
+    """ "93.76 %", and "-" where undefined."""
+    return "-" if math.isnan(value) else f"{value:.2f} %"

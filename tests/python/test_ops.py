@@ -1,0 +1,592 @@
+"""The registered operators against plain PyTorch, torch's own checks of operators, and an
+independent Philox in numpy."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import ntkcl
+from ntkcl.ops import bias_relu_dropout, philox_keep_mask, section_cosine
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+# Tolerances against a float64 reference of the same inputs.
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3}
+P = 0.3
+
+
+def random(*shape, dtype=torch.float32, seed=0, requires_grad=False):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return values.to(dtype).requires_grad_(requires_grad)
+
+
+def assert_close(actual, reference, dtype, scale=0.0):
+    """Relative to the largest value of the reference, or to `scale` where sums cancel."""
+    assert actual.dtype == dtype
+    assert actual.shape == reference.shape
+    scale = max(scale, reference.detach().abs().max().item() if reference.numel() else 0.0)
+    torch.testing.assert_close(
+        actual.double(), reference.double(), rtol=0, atol=TOLERANCE[dtype] * scale
+    )
+
+
+# --- plain PyTorch references -------------------------------------------------------------------
+
+
+def reference_bias_relu_dropout(x, bias, keep, p):
+    y = F.relu(x + bias)
+    return y if keep is None else y * keep.to(y.dtype) / (1 - p)
+
+
+def reference_section_cosine(x, prototypes, weights):
+    scores = 0
+    parts = zip(
+        x.chunk(len(weights), dim=1), prototypes.chunk(len(weights), dim=1), weights, strict=True
+    )
+    for x_section, prototype_section, weight in parts:
+        scores = scores + weight * F.normalize(x_section) @ F.normalize(prototype_section).t()
+    return scores
+
+
+def numpy_keep_mask(key, n, p):
+    """Philox4x32-10 of Salmon et al. (SC 2011), written for this test."""
+    counter = np.arange((n + 3) // 4, dtype=np.uint64)
+    low32 = np.uint64(0xFFFFFFFF)
+    x = [counter & low32, counter >> np.uint64(32), counter * np.uint64(0), counter * np.uint64(0)]
+    key %= 2**64
+    k = [key & 0xFFFFFFFF, key >> 32]
+    for _ in range(10):
+        product0 = x[0] * np.uint64(0xD2511F53)
+        product1 = x[2] * np.uint64(0xCD9E8D57)
+        x = [
+            (product1 >> np.uint64(32)) ^ x[1] ^ np.uint64(k[0]),
+            product1 & low32,
+            (product0 >> np.uint64(32)) ^ x[3] ^ np.uint64(k[1]),
+            product0 & low32,
+        ]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    uniform = (np.stack(x, axis=1).reshape(-1)[:n] >> np.uint64(8)).astype(np.float64) / 2**24
+    return (uniform >= p).astype(np.uint8)
+
+
+# --- random bits --------------------------------------------------------------------------------
+
+
+def test_numpy_philox_gives_the_published_values():
+    # Random123's known answers for counter 0, key 0 (kat_vectors, philox4x32 10): guards the
+    # reference that the other tests trust. Thresholds are put right at each word's top 24 bits.
+    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    for word in words:
+        at = (word >> 8) / 2**24
+        just_above = ((word >> 8) + 1) / 2**24
+        assert numpy_keep_mask(0, 4, at)[words.index(word)] == 1
+        assert numpy_keep_mask(0, 4, just_above)[words.index(word)] == 0
+
+
+@pytest.mark.parametrize("key", [0, 1, -1, 0x0123456789ABCDEF, -(2**63)])
+@pytest.mark.parametrize("n", [1, 3, 4, 255, 256, 257, 100_003])
+def test_keep_mask_is_philox(key, n):
+    # The vectorised rounds, whole and partial blocks, all 64 bits of the key.
+    mask = philox_keep_mask(torch.tensor(key), [n], P)
+    np.testing.assert_array_equal(mask.numpy(), numpy_keep_mask(key, n, P))
+
+
+def test_keep_mask_at_the_edges_of_p():
+    key = torch.tensor(5)
+    assert philox_keep_mask(key, [1000], 0.0).all()
+    assert not philox_keep_mask(key, [1000], 1 - 2.0**-30).any()  # above the largest draw
+    # p between two 24-bit draws: the smaller one is dropped, the larger one kept.
+    word = 0x6627E8D5 >> 8
+    zero = torch.tensor(0)
+    assert philox_keep_mask(zero, [1], (word - 0.5) / 2**24).item() == 1
+    assert philox_keep_mask(zero, [1], (word + 0.5) / 2**24).item() == 0
+
+
+def test_keep_mask_shapes():
+    key = torch.tensor([9])
+    flat = philox_keep_mask(key, [2 * 3 * 5], P)
+    assert flat.dtype == torch.uint8
+    torch.testing.assert_close(philox_keep_mask(key, (2, 3, 5), P), flat.reshape(2, 3, 5))
+    assert philox_keep_mask(key, [], P).shape == ()
+    assert philox_keep_mask(key, [0, 4], P).shape == (0, 4)
+
+
+def test_keep_mask_does_not_depend_on_threads():
+    key = torch.tensor(3)
+    threads = torch.get_num_threads()
+    masks = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            masks.append(philox_keep_mask(key, [200_001], 0.5))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*masks)
+
+
+# --- bias_relu_dropout --------------------------------------------------------------------------
+
+SHAPES = [(1,), (16,), (7, 3), (5, 16), (2, 197, 16), (3, 300), (2, 2, 1031), (40, 64, 16)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dropout", ["none", "mask", "key"])
+def test_bias_relu_dropout_equals_pytorch(dtype, shape, dropout):
+    x = random(*shape, dtype=dtype, requires_grad=True)
+    bias = random(shape[-1], dtype=dtype, seed=1, requires_grad=True)
+    key = torch.tensor(77)
+    keep = None if dropout == "none" else philox_keep_mask(key, shape, P)
+    if dropout == "mask":
+        y = bias_relu_dropout(x, bias, P, mask=keep)
+    else:
+        y = bias_relu_dropout(x, bias, P, key=key if dropout == "key" else None)
+    x64, bias64 = (t.detach().double().requires_grad_() for t in (x, bias))
+    expected = reference_bias_relu_dropout(x64, bias64, keep, P)
+    assert_close(y, expected, dtype)
+
+    grad = random(*shape, dtype=dtype, seed=2)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert_close(x.grad, x64.grad, dtype)
+    assert_close(bias.grad, bias64.grad, dtype)
+
+
+def test_bias_relu_dropout_non_contiguous():
+    # Element numbers are those of the contiguous copy.
+    x = random(6, 5, 4).permute(2, 0, 1)
+    bias = random(10, seed=1)[::2]
+    key = torch.tensor(1)
+    y = bias_relu_dropout(x, bias, P, key=key)
+    assert y.is_contiguous()
+    assert torch.equal(y, bias_relu_dropout(x.contiguous(), bias.contiguous(), P, key=key))
+    mask = philox_keep_mask(key, (6, 5, 4), P).permute(2, 0, 1)
+    assert_close(
+        bias_relu_dropout(x, bias, P, mask=mask),
+        reference_bias_relu_dropout(x.double(), bias.double(), mask, P),
+        torch.float32,
+    )
+    # An expanded gradient, as sum() makes it.
+    x = x.detach().requires_grad_()
+    bias_relu_dropout(x, bias, P, mask=mask).sum().backward()
+    kept = ((x + bias > 0) & mask.bool()).float() / (1 - P)
+    torch.testing.assert_close(x.grad, kept)
+
+
+def test_bias_relu_dropout_unaligned_view():
+    # Contiguous, but not at the start of its storage: vector loads must not assume alignment.
+    storage = random(1 + 8 * 16)
+    x = storage[1:].reshape(8, 16)
+    bias = random(17, seed=1)[1:]
+    y = bias_relu_dropout(x, bias, P, key=torch.tensor(2))
+    assert torch.equal(y, bias_relu_dropout(x.clone(), bias.clone(), P, key=torch.tensor(2)))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 16), (4, 0), (2, 0, 3)])
+def test_bias_relu_dropout_zero_size(shape):
+    x = torch.zeros(shape, requires_grad=True)
+    bias = torch.zeros(shape[-1], requires_grad=True)
+    y = bias_relu_dropout(x, bias, P, key=torch.tensor(1))
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape
+    assert torch.equal(bias.grad, torch.zeros(shape[-1]))
+
+
+def test_bias_relu_dropout_lets_nan_through():
+    # A diverged run must not look healthy.
+    x = torch.tensor([[float("nan"), 1.0]], requires_grad=True)
+    y = bias_relu_dropout(x, torch.zeros(2))
+    assert y[0, 0].isnan()
+    y.backward(torch.tensor([[2.0, 3.0]]))
+    assert torch.equal(x.grad, torch.tensor([[2.0, 3.0]]))
+
+
+def test_bfloat16_rounds_to_nearest_even():
+    # Every bfloat16 survives a round trip; sums are rounded once, from float32, as torch does.
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    values = bits[bits.isfinite() & (bits > 0)]
+    zero = torch.zeros_like(values)
+    assert torch.equal(bias_relu_dropout(values, zero), values)
+    other = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
+    expected = (values.float() + other.float()).to(torch.bfloat16)
+    assert torch.equal(bias_relu_dropout(values, other), expected)
+
+
+def test_bias_relu_dropout_equal_bits_for_any_thread_count():
+    x = random(3000, 48, requires_grad=True)
+    bias = random(48, seed=1, requires_grad=True)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y = bias_relu_dropout(x, bias, P, key=torch.tensor(4))
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, bias))))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
+def test_bias_relu_dropout_gradcheck():
+    # Away from relu's kink, where differences are meaningless.
+    x = random(4, 3, 5, dtype=torch.float64)
+    x = (x + x.sign()).requires_grad_()
+    bias = (0.1 * random(5, dtype=torch.float64, seed=1)).requires_grad_()
+    key = torch.tensor(3)
+    assert torch.autograd.gradcheck(lambda x, b: bias_relu_dropout(x, b, P, key=key), (x, bias))
+    assert torch.autograd.gradcheck(lambda x, b: bias_relu_dropout(x, b), (x, bias))
+
+
+def test_bias_relu_dropout_errors():
+    x, bias, key = torch.zeros(2, 3), torch.zeros(3), torch.tensor(1)
+    mask = torch.ones(2, 3, dtype=torch.uint8)
+    where = r"^\[bias_relu_dropout\] expected "
+    with pytest.raises(ValueError, match=where + r"bias of shape \[3\], got \[4\]"):
+        bias_relu_dropout(x, torch.zeros(4))
+    with pytest.raises(ValueError, match=where + r"x of shape \(\.\.\., r\), got a scalar"):
+        bias_relu_dropout(torch.zeros(()), bias)
+    with pytest.raises(TypeError, match=where + "x of float32, float64 or bfloat16, got Int"):
+        bias_relu_dropout(x.int(), bias)
+    with pytest.raises(TypeError, match=where + "bias of x's type Float, got Double"):
+        bias_relu_dropout(x, bias.double())
+    with pytest.raises(TypeError, match=where + "mask of uint8 or bool, got Float"):
+        bias_relu_dropout(x, bias, P, mask=mask.float())
+    with pytest.raises(ValueError, match=where + r"mask of x's shape \[2, 3\], got \[3\]"):
+        bias_relu_dropout(x, bias, P, mask=mask[0, :])
+    with pytest.raises(ValueError, match=where + "a mask or a key, got both"):
+        bias_relu_dropout(x, bias, P, mask=mask, key=key)
+    with pytest.raises(TypeError, match=where + "key of int64, got Int"):
+        bias_relu_dropout(x, bias, P, key=key.int())
+    with pytest.raises(ValueError, match=where + r"key with one element, got shape \[2\]"):
+        bias_relu_dropout(x, bias, P, key=torch.tensor([1, 2]))
+    for p in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=where + "a dropout probability 0 <= p < 1, got"):
+            bias_relu_dropout(x, bias, p, key=key)
+    with pytest.raises(ValueError, match=where + "bias on x's device cpu, got meta"):
+        bias_relu_dropout(x, bias.to("meta"))
+
+
+# --- section_cosine -----------------------------------------------------------------------------
+
+# B, n, S, C
+SIZES = [(1, 1, 1, 1), (4, 3, 2, 5), (3, 10, 1, 192), (16, 7, 3, 64), (5, 100, 2, 67)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_section_cosine_equals_pytorch(dtype, size):
+    batch, classes, sections, width = size
+    inputs = [
+        random(batch, sections * width, dtype=dtype),
+        random(classes, sections * width, dtype=dtype, seed=1),
+        random(sections, dtype=dtype, seed=2),
+    ]
+    grad = random(batch, classes, dtype=dtype, seed=3)
+    inputs = [t.requires_grad_() for t in inputs]
+    inputs64 = [t.detach().double().requires_grad_() for t in inputs]
+    scores = section_cosine(*inputs)
+    expected = reference_section_cosine(*inputs64)
+    assert_close(scores, expected, dtype)
+    scores.backward(grad)
+    expected.backward(grad.double())
+    for ours, theirs in zip(inputs, inputs64, strict=True):
+        if width == 1:  # a cosine of numbers is a sign: the true gradient is 0
+            scale = ours.detach().abs().min().item()
+            assert ours is inputs[2] or ours.grad.abs().max() <= TOLERANCE[dtype] / scale
+        else:
+            assert_close(ours.grad, theirs.grad, dtype, scale=float(ours is inputs[2]))
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)])
+def test_section_cosine_partial_gradients(needs):
+    # Each gradient is right whichever others are asked for, and frozen inputs get none.
+    values = [random(6, 8), random(5, 8, seed=1), random(2, seed=2)]
+    inputs = [v.clone().requires_grad_(bool(n)) for v, n in zip(values, needs, strict=True)]
+    reference = [v.clone().requires_grad_() for v in values]
+    grad = random(6, 5, seed=3)
+    section_cosine(*inputs).backward(grad)
+    reference_section_cosine(*reference).backward(grad)
+    for ours, theirs, needed in zip(inputs, reference, needs, strict=True):
+        if needed:
+            assert_close(ours.grad, theirs.grad, torch.float32)
+        else:
+            assert ours.grad is None
+
+
+def test_section_cosine_short_vectors():
+    # Norms below 1e-12 are clamped, forward and backward, as F.normalize does; a class without a
+    # prototype (a zero row) scores 0.
+    x = torch.cat([torch.zeros(1, 4), 1e-13 * random(1, 4), random(1, 4)]).double()
+    values = [x, random(2, 4, dtype=torch.float64, seed=1), torch.tensor([2.0, 0.5]).double()]
+    inputs = [v.clone().requires_grad_() for v in values]
+    reference = [v.clone().requires_grad_() for v in values]
+    scores, expected = section_cosine(*inputs), reference_section_cosine(*reference)
+    torch.testing.assert_close(scores, expected)
+    assert torch.equal(scores[0], torch.zeros(2, dtype=torch.float64))
+    scores.sum().backward()
+    expected.sum().backward()
+    for ours, theirs in zip(inputs, reference, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_section_cosine_non_contiguous():
+    x, prototypes, weights = random(8, 6).t(), random(3, 16, seed=1)[:, ::2], random(4, seed=2)[::2]
+    assert torch.equal(
+        section_cosine(x, prototypes, weights),
+        section_cosine(x.contiguous(), prototypes.contiguous(), weights.contiguous()),
+    )
+
+
+@pytest.mark.parametrize("size", [(0, 3, 8), (3, 0, 8), (0, 0, 8), (2, 3, 0)])
+def test_section_cosine_zero_size(size):
+    batch, classes, columns = size
+    x = torch.ones(batch, columns, requires_grad=True)
+    prototypes = torch.ones(classes, columns, requires_grad=True)
+    weights = torch.ones(2, requires_grad=True)
+    scores = section_cosine(x, prototypes, weights)
+    assert torch.equal(scores, torch.zeros(batch, classes))
+    scores.sum().backward()
+    for t in (x, prototypes, weights):
+        assert torch.equal(t.grad, torch.zeros_like(t))
+
+
+def test_section_cosine_gradcheck():
+    inputs = (random(3, 8), random(4, 8, seed=1), random(2, seed=2))
+    inputs = tuple(t.double().requires_grad_() for t in inputs)
+    assert torch.autograd.gradcheck(section_cosine, inputs)
+
+
+def test_section_cosine_errors():
+    x, prototypes, weights = torch.zeros(2, 6), torch.zeros(3, 6), torch.zeros(2)
+    where = r"^\[section_cosine\] expected "
+    with pytest.raises(ValueError, match=where + r"x of shape \(B, S\*C\), got \[6\]"):
+        section_cosine(x[0], prototypes, weights)
+    with pytest.raises(ValueError, match=where + r"prototypes of shape \(n, 6\).*got \[3, 5\]"):
+        section_cosine(x, prototypes[:, :5], weights)
+    with pytest.raises(ValueError, match=where + r"weights of shape \(S\).*got \[0\]"):
+        section_cosine(x, prototypes, weights[:0])
+    with pytest.raises(ValueError, match=where + "x with columns in 4 sections.*got 6 columns"):
+        section_cosine(x, prototypes, torch.zeros(4))
+    with pytest.raises(TypeError, match=where + "x of float32, float64 or bfloat16, got Half"):
+        section_cosine(x.half(), prototypes, weights)
+    with pytest.raises(TypeError, match=where + "weights of x's type Float, got Double"):
+        section_cosine(x, prototypes, weights.double())
+    with pytest.raises(ValueError, match=where + "prototypes on x's device cpu, got meta"):
+        section_cosine(x, prototypes.to("meta"), weights)
+
+
+# --- torch's view of the operators --------------------------------------------------------------
+
+
+def operator_samples(device="cpu"):
+    """(operator, arguments) with gradients, without, non-contiguous and zero-size."""
+    ops = torch.ops.ntkcl
+    key = torch.tensor(11, device=device)
+    mask = philox_keep_mask(key, (2, 7, 16), P)
+    for dtype in DTYPES:
+        for grad in (False, True):
+
+            def make(*shape, dtype=dtype, grad=grad):
+                return random(*shape, dtype=dtype).to(device).requires_grad_(grad)
+
+            yield ops.bias_relu_dropout.default, (make(5, 16), make(16), None, key, P)
+            yield ops.bias_relu_dropout.default, (make(2, 7, 16), make(16), mask, None, P)
+            yield ops.section_cosine.default, (make(4, 6), make(3, 6), make(2))
+    x, bias = random(2, 7, 3).to(device), random(3).to(device)
+    y = bias_relu_dropout(x, bias)
+    scores = random(4, 3).to(device)
+    rows, prototypes, weights = (random(*s).to(device) for s in ((4, 6), (3, 6), (2,)))
+    yield ops.bias_relu_dropout.default, (x.transpose(0, 1), bias, None, None, 0.0)
+    yield ops.bias_relu_dropout.default, (x[:0].requires_grad_(), bias, None, key, P)
+    yield ops.bias_relu_dropout_backward.default, (x, y, P)
+    yield ops.bias_relu_dropout_backward.default, (x.transpose(0, 1), y.transpose(0, 1), P)
+    yield ops.bias_relu_dropout_backward.default, (x[:0], y[:0], P)
+    yield ops.philox_keep_mask.default, (key, [3, 5], P)
+    yield ops.philox_keep_mask.default, (key, [0, 5], P)
+    yield ops.section_cosine.default, (rows.t().contiguous().t(), prototypes, weights)
+    yield ops.section_cosine.default, (rows[:0], prototypes, weights)
+    yield ops.section_cosine_backward.default, (scores, rows, prototypes, weights)
+    yield ops.section_cosine_backward.default, (scores.t(), prototypes, rows, weights)
+    yield ops.section_cosine_backward.default, (scores[:0], rows[:0], prototypes, weights)
+
+
+@pytest.mark.parametrize(
+    "name", sorted({op._schema.name.split("::")[1] for op, _ in operator_samples()})
+)
+def test_opcheck(name):
+    # Schema, autograd registration, fake tensors, and AOT dispatch with symbolic sizes.
+    for op, arguments in operator_samples():
+        if op._schema.name == f"ntkcl::{name}":
+            torch.library.opcheck(op, arguments)
+
+
+def test_every_operator_is_sampled():
+    # A new operator needs a line in operator_samples.
+    registered = {
+        name.split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("ntkcl::")
+    }
+    assert registered == {op._schema.name.split("::")[1] for op, _ in operator_samples()}
+
+
+def test_every_operator_has_kernels():
+    for op in {op for op, _ in operator_samples()}:
+        for key in ("CPU", "CUDA", "Meta"):
+            has = torch._C._dispatch_has_kernel_for_dispatch_key(op._schema.name, key)
+            assert has, f"{op._schema.name} has no {key} kernel"
+
+
+def adapter(x, down, bias, prototypes, weights, key):
+    hidden = bias_relu_dropout(x @ down, bias, P, key=key)
+    return section_cosine(hidden.mean(dim=1), prototypes, weights)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile(dynamic):
+    # One graph without breaks, forward and backward, for two batch sizes.
+    torch._dynamo.reset()
+    compiled = torch.compile(adapter, fullgraph=True, dynamic=dynamic)
+    for batch in (3, 5) if dynamic else (3,):
+        leaves = [random(12, 8), random(8), random(6, 8), random(2)]
+        outcomes = []
+        for function in (adapter, compiled):
+            parameters = [t.clone().requires_grad_() for t in leaves]
+            scores = function(random(batch, 7, 12), *parameters, torch.tensor(8))
+            scores.square().sum().backward()
+            outcomes.append([scores.detach(), *(t.grad for t in parameters)])
+        for eager, ours in zip(*outcomes, strict=True):
+            torch.testing.assert_close(ours, eager)
+
+
+def test_second_derivative_is_an_error():
+    x = random(3, 4, requires_grad=True)
+    y = bias_relu_dropout(x, torch.zeros(4), P, key=torch.tensor(1)).square().sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="bias_relu_dropout_backward"):
+        dx.sum().backward()
+
+
+def test_build_without_cuda_says_so():
+    if ntkcl._C.build_info["cuda"].startswith("on"):
+        pytest.skip("this build has CUDA kernels")
+    # Fake CUDA tensors would stop at Meta: ask the dispatcher for the CUDA kernel itself.
+    with pytest.raises(ValueError, match=r"^\[section_cosine\] this build of ntkcl has no CUDA"):
+        torch.ops.ntkcl.section_cosine.default.redispatch(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA),
+            torch.zeros(2, 4),
+            torch.zeros(3, 4),
+            torch.zeros(1),
+        )
+
+
+# --- CUDA ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 5, 4096, 100_003, 9_000_001])
+def test_cuda_keep_mask_equals_cpu(cuda, n):
+    # 9 million elements need more than one turn of the grid.
+    for value in (0, -1, 0x0123456789ABCDEF):
+        key = torch.tensor(value)
+        assert torch.equal(
+            philox_keep_mask(key.to(cuda), [n], P).cpu(), philox_keep_mask(key, [n], P)
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (70_000, 16), (3, 20_000), (9_000_001, 1)])
+@pytest.mark.parametrize("dropout", ["none", "mask", "key", "host key"])
+def test_cuda_bias_relu_dropout_equals_cpu(cuda, dtype, shape, dropout):
+    # Bit for bit forward; sums of gradients in another order.
+    key = torch.tensor(13)
+    x, bias = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)
+    outcomes = []
+    for device in ("cpu", cuda):
+        x_here = x.to(device).requires_grad_()
+        bias_here = bias.to(device).requires_grad_()
+        given = {}
+        if dropout == "mask":
+            given["mask"] = philox_keep_mask(key, shape, P).to(device)
+        elif dropout != "none":
+            given["key"] = key if dropout == "host key" else key.to(device)
+        y = bias_relu_dropout(x_here, bias_here, P, **given)
+        y.backward(x_here.detach())
+        outcomes.append([t.detach().cpu() for t in (y, x_here.grad, bias_here.grad)])
+    (y_cpu, dx_cpu, dbias_cpu), (y, dx, dbias) = outcomes
+    assert torch.equal(y, y_cpu)
+    assert torch.equal(dx, dx_cpu)
+    assert_close(dbias, dbias_cpu, dtype)
+
+
+def test_cuda_unaligned_views_equal_cpu(cuda):
+    storage, bias = random(1 + 8 * 16), random(17, seed=1)
+    grad = random(8, 16, seed=2)
+    outcomes = []
+    for device in ("cpu", cuda):
+        x = storage.to(device)[1:].reshape(8, 16).requires_grad_()
+        y = bias_relu_dropout(x, bias.to(device)[1:], P, key=torch.tensor(2))
+        y.backward(grad.to(device))
+        scores = section_cosine(y.detach(), x, torch.ones(2, device=device))
+        outcomes.append([t.detach().cpu() for t in (y, x.grad, scores)])
+    for ours, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [*SIZES, (96, 345, 3, 768), (70_000, 2, 2, 8)])
+def test_cuda_section_cosine_equals_cpu(cuda, dtype, size):
+    batch, classes, sections, width = size
+    shapes = ((batch, sections * width), (classes, sections * width), (sections,))
+    grad = random(batch, classes, dtype=dtype, seed=3)
+    outcomes = []
+    for device in ("cpu", cuda):
+        inputs = [
+            random(*shape, dtype=dtype, seed=i).to(device).requires_grad_()
+            for i, shape in enumerate(shapes)
+        ]
+        scores = section_cosine(*inputs)
+        scores.backward(grad.to(device))
+        outcomes.append([scores.detach().cpu(), *(t.grad.cpu() for t in inputs)])
+    for expected, ours in zip(*outcomes, strict=True):
+        if width > 1 or ours is outcomes[1][0]:
+            assert_close(ours, expected, dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (4, 0)])
+def test_cuda_zero_size(cuda, shape):
+    x = torch.zeros(shape, device=cuda, requires_grad=True)
+    bias = torch.zeros(shape[-1], device=cuda, requires_grad=True)
+    bias_relu_dropout(x, bias, P, key=torch.tensor(1)).sum().backward()
+    assert torch.equal(bias.grad, torch.zeros_like(bias))
+    scores = section_cosine(x, x, torch.ones(1, device=cuda))
+    assert scores.shape == (shape[0], shape[0])
+    assert philox_keep_mask(torch.tensor(1, device=cuda), [0], P).numel() == 0
+
+
+def test_cuda_graph_reads_the_key_at_replay(cuda):
+    # What a captured training step needs: new dropout each replay, without a new capture.
+    key = torch.tensor(1, device=cuda)
+    x, bias = random(64, 16).to(cuda), random(16).to(cuda)
+    bias_relu_dropout(x, bias, P, key=key)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = bias_relu_dropout(x, bias, P, key=key)
+    for value in (1, 2, 3):
+        key.fill_(value)
+        graph.replay()
+        assert torch.equal(y, bias_relu_dropout(x, bias, P, key=torch.tensor(value)))
+
+
+def test_cuda_opcheck(cuda):
+    for op, arguments in operator_samples(cuda):
+        torch.library.opcheck(op, arguments)
+
+
+def test_cuda_tensors_with_a_cpu_bias_are_an_error(cuda):
+    with pytest.raises(ValueError, match="bias on x's device cuda:0, got cpu"):
+        bias_relu_dropout(torch.zeros(2, 3, device=cuda), torch.zeros(3))
