@@ -58,7 +58,8 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	touch $@
 
 $(STAMPS)/installed: $(STAMPS)/torch pyproject.toml
-	$(PY) -m pip install -q "cmake>=3.25" "ninja>=1.10" "scikit-build-core>=0.11"
+	$(PY) -m pip install -q "pip>=23.1" "cmake>=3.25" "ninja>=1.10" \
+	  "scikit-build-core>=0.11"
 	@echo "Compiling and installing ntkcl: a few minutes on two cores."
 	$(PY) -m pip install -q --no-build-isolation -Cbuild-dir=$(BUILD) \
 	  -Ccmake.define.NTKCL_BUILD_TESTS=ON -Ccmake.define.NTKCL_WERROR=$(WERROR) -e ".[dev]"

@@ -15,6 +15,7 @@ import json
 import math
 import time
 from pathlib import Path
+from statistics import mean
 
 import torch
 from formula_images import Draw, contours, fractals, strokes, textures
@@ -30,7 +31,7 @@ RECIPE = {
     "other_classes": 2,  # per step, of contours, fractals and textures each
     "instances": 5,  # images per class and step
     "vigour_first": 0.2,  # strength of the deformations at the first step
-    "vigour_last": 0.8,  # and from 70 % of the steps on
+    "vigour_last": 1.0,  # and from 70 % of the steps on
     "temperature": 0.1,
     "learning_rate": 1.5e-3,  # cosine to zero
     "warmup_steps": 200,
@@ -159,13 +160,10 @@ def train(out: Path, steps: int, seed: int, report: int) -> None:
     torch.manual_seed(seed)
     model = VisionTransformer(**SHAPE)
     optimizer = make_optimizer(model)
-    resume, first = out.with_suffix(".resume.pt"), 0
-    if resume.exists():
-        state = torch.load(resume, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    images_done, losses, hits, began = 0, [], [], time.perf_counter()
+    run = {"steps": steps, "seed": seed} | SHAPE | RECIPE
+    resume = out.with_suffix(".resume.pt")
+    first = load_progress(resume, run, model, optimizer) if resume.exists() else 0
+    losses, hits, began = [], [], time.perf_counter()
     for step in range(first, steps):
         # One generator per step: a resumed run draws what it would have drawn.
         images = formula_batch(Draw(seed * 1_000_003 + step), vigour_at(step / steps))
@@ -176,21 +174,38 @@ def train(out: Path, steps: int, seed: int, report: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps)
         optimizer.step()
-        images_done += len(images)
         losses.append(loss.item())
         hits.append(hit.item())
         if (step + 1) % report == 0:
-            rate = images_done / (time.perf_counter() - began)
+            rate = len(losses) * len(images) / (time.perf_counter() - began)
             print(
-                f"step {step + 1}/{steps}  loss {sum(losses) / len(losses):.3f}  "
-                f"nearest mean {100 * sum(hits) / len(hits):.1f} %  {rate:.0f} images/s",
+                f"step {step + 1}/{steps}  loss {mean(losses):.3f}  "
+                f"nearest mean {100 * mean(hits):.1f} %  {rate:.0f} images/s",
                 flush=True,
             )
-            losses, hits = [], []
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"step": step + 1}, resume)
+            save_progress(resume, run, model, optimizer, step + 1)
+            losses, hits, began = [], [], time.perf_counter()
     write_checkpoint(model, out, steps, seed)
     resume.unlink(missing_ok=True)
+
+
+def save_progress(
+    path: Path, run: dict, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    state = {"run": run, "step": step, "model": model.state_dict()}
+    partial = path.with_suffix(".partial")
+    torch.save(state | {"optimizer": optimizer.state_dict()}, partial)
+    partial.replace(path)
+
+
+def load_progress(path: Path, run: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """The number of steps already done; ValueError where they belong to another run."""
+    state = torch.load(path, weights_only=True)
+    if state["run"] != run:
+        raise ValueError(f"[pretrain] expected {path} to hold a run of {run}, got {state['run']}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
 
 
 # ---- Checkpoint ----
@@ -267,7 +282,7 @@ def digit_figures(model: VisionTransformer) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("vit_formula_patch8_32.safetensors"))
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=int, default=200, help="steps between lines and savings")
     parser.add_argument("--evaluate", type=Path, help="file whose figures to print")

@@ -1,9 +1,9 @@
 """Differentiable operators of ntkcl, for use in any PyTorch model.
 
 Each runs on CPU and CUDA in float32, float64 and bfloat16 (computed with as float32), and works
-with autograd, ``torch.compile`` and fake tensors. They are ``torch.ops.ntkcl.*`` with argument
-names and documentation. Random numbers come from a key, not from torch's generators: equal keys
-give equal draws on every device, for any number of threads.
+with autograd, autocast, ``torch.compile`` and fake tensors. They are ``torch.ops.ntkcl.*`` with
+argument names and documentation. Random numbers come from a key, not from torch's generators:
+equal keys give equal draws on every device, for any number of threads.
 
 Second derivatives are not implemented and raise an error.
 """
@@ -46,7 +46,8 @@ def bias_relu_dropout(
 
     Source: NTK-CL (arXiv 2407.17120), the adapter of the channel sub-network.
     """
-    return torch.ops.ntkcl.bias_relu_dropout(x, bias, mask, key, p)
+    y: torch.Tensor = torch.ops.ntkcl.bias_relu_dropout(x, bias, mask, key, p)
+    return y
 
 
 def philox_keep_mask(key: torch.Tensor, size: Sequence[int], p: float) -> torch.Tensor:
@@ -65,7 +66,8 @@ def philox_keep_mask(key: torch.Tensor, size: Sequence[int], p: float) -> torch.
         ValueError: A negative size, p out of range, or a key of more than one element.
         TypeError: The key is not int64.
     """
-    return torch.ops.ntkcl.philox_keep_mask(key, size, p)
+    mask: torch.Tensor = torch.ops.ntkcl.philox_keep_mask(key, size, p)
+    return mask
 
 
 def section_cosine(
@@ -90,4 +92,5 @@ def section_cosine(
 
     Source: NTK-CL (arXiv 2407.17120), the scores of the prototype classifier.
     """
-    return torch.ops.ntkcl.section_cosine(x, prototypes, weights)
+    scores: torch.Tensor = torch.ops.ntkcl.section_cosine(x, prototypes, weights)
+    return scores

@@ -143,12 +143,9 @@ def test_a_method_does_not_include_another_method() -> None:
     assert not wrong
 
 
-def test_headers_are_guarded_and_carry_their_namespace() -> None:
-    for path in sources():
-        if path.suffix in (".h", ".cuh"):
-            text = path.read_text()
-            assert "#pragma once" in text, f"{relative(path)}: no #pragma once"
-            assert "namespace ntkcl" in text, f"{relative(path)}: names outside ntkcl::"
+def test_headers_are_guarded() -> None:
+    headers = [path for path in sources() if path.suffix in (".h", ".cuh")]
+    assert not [relative(path) for path in headers if "#pragma once" not in path.read_text()]
 
 
 # ---- csrc/CMakeLists.txt -------------------------------------------------------------------------

@@ -4,6 +4,7 @@ independent Philox in numpy."""
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import ntkcl
@@ -461,6 +462,36 @@ def test_torch_compile(dynamic):
             outcomes.append([scores.detach(), *(t.grad for t in parameters)])
         for eager, ours in zip(*outcomes, strict=True):
             torch.testing.assert_close(ours, eager)
+
+
+def test_fake_cuda_tensors():
+    # Shapes and devices without a GPU, as export and compilation for one ask for; the key may stay
+    # on the CPU.
+    with FakeTensorMode():
+        x = torch.empty(2, 7, 16, device="cuda")
+        bias = torch.empty(16, device="cuda")
+        for key in (torch.empty((), dtype=torch.int64), torch.ones(1, device="cuda").long()):
+            y = bias_relu_dropout(x, bias, P, key=key)
+            assert (y.device.type, y.shape) == ("cuda", x.shape)
+        dx, dbias = torch.ops.ntkcl.bias_relu_dropout_backward(x, y, P)
+        assert (dx.device.type, dx.shape, dbias.shape) == ("cuda", x.shape, bias.shape)
+        scores = section_cosine(y[0], y[1], torch.empty(4, device="cuda"))
+        assert (scores.device.type, scores.shape) == ("cuda", (7, 7))
+
+
+def test_autocast_casts_parameters():
+    # Float32 parameters beside bfloat16 activations, as in anyone's mixed-precision training step.
+    x, weight = random(6, 12), random(8, 12, seed=1)
+    bias, prototypes, scale = (random(*s).requires_grad_() for s in ((8,), (3, 8), (1,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = bias_relu_dropout(F.linear(x, weight), bias, P, key=torch.tensor(1))
+        scores = section_cosine(hidden, prototypes, scale)
+    assert hidden.dtype == torch.bfloat16
+    assert scores.dtype == torch.float32
+    scores.square().sum().backward()
+    for parameter in (bias, prototypes, scale):
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.abs().sum() > 0
 
 
 def test_second_derivative_is_an_error():

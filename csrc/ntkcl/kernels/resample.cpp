@@ -32,27 +32,36 @@ int32_t fixed_point(double weight) {
   return static_cast<int32_t>(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
 }
 
-// The input positions and weights of consecutive output positions of one axis.
-struct Taps {
-  int64_t stride = 0;            // weights reserved per output position
-  std::vector<int64_t> first;    // first input position
-  std::vector<int64_t> count;    // number of input positions
+// What consecutive output positions of one axis read.
+struct Axis {
+  bool shifts = false;      // every weight would be 1 or 0: output i reads first_input + i alone
+  int64_t first_input = 0;  // all inputs that are read: first_input .. first_input+inputs-1
+  int64_t inputs = 0;
+  int64_t stride = 0;            // weights reserved per output
+  std::vector<int64_t> first;    // first input of each output, relative to first_input
+  std::vector<int64_t> count;    // number of inputs of each output
   std::vector<int32_t> weights;  // (outputs, stride)
 };
 
-// Taps of outputs begin .. begin+n-1, of out_size over [low, high) of an axis of in_size.
-Taps make_taps(int64_t in_size, float low, float high, int64_t out_size, Filter filter,
+// Outputs begin .. begin+n-1, of out_size over [low, high) of an axis of in_size.
+Axis make_axis(int64_t in_size, float low, float high, int64_t out_size, Filter filter,
                int64_t begin, int64_t n) {
+  Axis axis;
+  if (low == std::floor(low) && high - low == static_cast<float>(out_size)) {
+    axis.shifts = true;
+    axis.first_input = static_cast<int64_t>(low) + begin;
+    axis.inputs = n;
+    return axis;
+  }
   const double scale = static_cast<double>(high - low) / static_cast<double>(out_size);
   const double filter_scale = std::max(scale, 1.0);
   const double support = (filter == Filter::kBilinear ? 1.0 : 2.0) * filter_scale;
   const double inverse = 1.0 / filter_scale;
-  Taps taps;
-  taps.stride = 2 * static_cast<int64_t>(std::ceil(support)) + 1;
-  taps.first.resize(n);
-  taps.count.resize(n);
-  taps.weights.resize(n * taps.stride);
-  std::vector<double> exact(taps.stride);
+  axis.stride = 2 * static_cast<int64_t>(std::ceil(support)) + 1;
+  axis.first.resize(n);
+  axis.count.resize(n);
+  axis.weights.resize(n * axis.stride);
+  std::vector<double> exact(axis.stride);
   for (int64_t i = 0; i < n; ++i) {
     const double center = low + (static_cast<double>(begin + i) + 0.5) * scale;
     const auto first = std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
@@ -64,134 +73,154 @@ Taps make_taps(int64_t in_size, float low, float high, int64_t out_size, Filter 
       sum += exact[x - first];
     }
     for (int64_t k = 0; k < last - first; ++k) {
-      taps.weights[i * taps.stride + k] = fixed_point(sum != 0.0 ? exact[k] / sum : exact[k]);
+      axis.weights[i * axis.stride + k] = fixed_point(sum != 0.0 ? exact[k] / sum : exact[k]);
     }
-    taps.first[i] = first;
-    taps.count[i] = last - first;
+    axis.first[i] = first;
+    axis.count[i] = last - first;
   }
-  return taps;
+  axis.first_input = axis.first.front();
+  axis.inputs = axis.first.back() + axis.count.back() - axis.first_input;
+  for (int64_t& first : axis.first) {
+    first -= axis.first_input;
+  }
+  return axis;
 }
 
 using Int4 = int32_t __attribute__((vector_size(16)));
-using Byte4 = uint8_t __attribute__((vector_size(4)));
-using Int8 = int32_t __attribute__((vector_size(32)));
-using Byte8 = uint8_t __attribute__((vector_size(8)));
+using Byte16 = uint8_t __attribute__((vector_size(16)));
 
 #define NTKCL_INLINE [[gnu::always_inline]] inline
 
-NTKCL_INLINE uint8_t to_byte(int32_t sum) {
-  return static_cast<uint8_t>(std::clamp(sum >> kFractionBits, 0, 255));
+// Bytes kFirst .. kFirst+3 as integers. Note: a shuffle, since compilers take
+// __builtin_convertvector apart into single elements.
+template <int kFirst>
+NTKCL_INLINE Int4 widen(Byte16 b) {
+  constexpr int i = kFirst;
+  return reinterpret_cast<Int4>(__builtin_shufflevector(b, Byte16{}, i, 16, 16, 16, i + 1, 16, 16,
+                                                        16, i + 2, 16, 16, 16, i + 3, 16, 16, 16));
 }
 
-// Columns: `rows` rows of `input` to `output`, contiguous (rows, taps, 3). A pixel is read as four
-// bytes, so one byte must be readable behind the last.
+// Sums to pixel values, one in the low byte of each element.
+NTKCL_INLINE Byte16 to_bytes(Int4 sums) {
+  Int4 value = sums >> kFractionBits;
+  value = value < 0 ? Int4{} : value;
+  value = value > 255 ? Int4{} + 255 : value;
+  return reinterpret_cast<Byte16>(value);
+}
+
+NTKCL_INLINE Byte16 pack(const Int4 (&sums)[4]) {
+  const Byte16 low = __builtin_shufflevector(to_bytes(sums[0]), to_bytes(sums[1]), 0, 4, 8, 12, 16,
+                                             20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
+  const Byte16 high = __builtin_shufflevector(to_bytes(sums[2]), to_bytes(sums[3]), 0, 4, 8, 12, 16,
+                                              20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+}
+
+// Columns: `rows` rows of `input` to `output`, contiguous (rows, outputs, 3). A pixel is read as
+// four bytes, so one byte must be readable behind the last.
 template <int kRows>
-NTKCL_INLINE void columns_of(const uint8_t* input, int64_t row_bytes, const Taps& taps,
+NTKCL_INLINE void columns_of(const uint8_t* input, int64_t row_bytes, const Axis& axis,
                              uint8_t* output) {
-  const auto n = static_cast<int64_t>(taps.first.size());
+  const auto n = static_cast<int64_t>(axis.first.size());
   for (int64_t i = 0; i < n; ++i) {
-    const int32_t* weights = taps.weights.data() + i * taps.stride;
-    const uint8_t* pixel = input + 3 * taps.first[i];
+    const int32_t* weights = axis.weights.data() + i * axis.stride;
+    const int64_t count = axis.count[i];
+    const uint8_t* pixel = input + 3 * axis.first[i];
     Int4 sums[kRows];
-    for (Int4& sum : sums) {
-      sum = Int4{kHalf, kHalf, kHalf, kHalf};
-    }
-    for (int64_t k = 0; k < taps.count[i]; ++k, pixel += 3) {
-      for (int r = 0; r < kRows; ++r) {
-        Byte4 bytes;
-        std::memcpy(&bytes, pixel + r * row_bytes, 4);
-        sums[r] += __builtin_convertvector(bytes, Int4) * weights[k];
-      }
-    }
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      for (int channel = 0; channel < 3; ++channel) {
-        output[3 * (r * n + i) + channel] = to_byte(sums[r][channel]);
+      sums[r] = Int4{} + kHalf;
+    }
+    for (int64_t k = 0; k < count; ++k, pixel += 3) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        int32_t bytes;
+        std::memcpy(&bytes, pixel + r * row_bytes, 4);
+        sums[r] += widen<0>(reinterpret_cast<Byte16>(Int4{bytes})) * weights[k];
       }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Byte16 bytes = to_bytes(sums[r]);
+      uint8_t* target = output + 3 * (r * n + i);
+      target[0] = bytes[0];
+      target[1] = bytes[4];
+      target[2] = bytes[8];
     }
   }
 }
 
-NTKCL_INLINE void columns(const ImageView& input, const Taps& taps, uint8_t* output) {
-  const auto n = static_cast<int64_t>(taps.first.size());
+NTKCL_INLINE void columns(const ImageView& input, const Axis& axis, uint8_t* output) {
+  const auto n = static_cast<int64_t>(axis.first.size());
   const int64_t safe_rows = input.height - 1;  // the last row may end where the memory ends
   int64_t y = 0;
   for (; y + 4 <= safe_rows; y += 4) {
-    columns_of<4>(input.pixels + y * input.row_bytes, input.row_bytes, taps, output + 3 * y * n);
+    columns_of<4>(input.pixels + y * input.row_bytes, input.row_bytes, axis, output + 3 * y * n);
   }
   for (; y < safe_rows; ++y) {
-    columns_of<1>(input.pixels + y * input.row_bytes, input.row_bytes, taps, output + 3 * y * n);
+    columns_of<1>(input.pixels + y * input.row_bytes, input.row_bytes, axis, output + 3 * y * n);
   }
   const uint8_t* row = input.pixels + y * input.row_bytes;
   std::vector<uint8_t> padded(row, row + 3 * input.width);
   padded.push_back(0);
-  columns_of<1>(padded.data(), 0, taps, output + 3 * y * n);
+  columns_of<1>(padded.data(), 0, axis, output + 3 * y * n);
 }
 
 // Rows: one output row of `bytes` bytes from the `count` rows at `input`.
 NTKCL_INLINE void row_of(const uint8_t* input, int64_t row_bytes, const int32_t* weights,
                          int64_t count, int64_t bytes, uint8_t* output) {
-  constexpr int kVectors = 4;
-  constexpr int64_t kBlock = 8 * kVectors;
   int64_t x = 0;
-  for (; x + kBlock <= bytes; x += kBlock) {
-    Int8 sums[kVectors];
-    for (Int8& sum : sums) {
-      sum = Int8{} + kHalf;
-    }
+  for (; x + 16 <= bytes; x += 16) {
+    Int4 sums[4] = {Int4{} + kHalf, Int4{} + kHalf, Int4{} + kHalf, Int4{} + kHalf};
     for (int64_t k = 0; k < count; ++k) {
-      for (int v = 0; v < kVectors; ++v) {
-        Byte8 pixels;
-        std::memcpy(&pixels, input + k * row_bytes + x + 8 * v, 8);
-        sums[v] += __builtin_convertvector(pixels, Int8) * weights[k];
-      }
+      Byte16 pixels;
+      std::memcpy(&pixels, input + k * row_bytes + x, 16);
+      sums[0] += widen<0>(pixels) * weights[k];
+      sums[1] += widen<4>(pixels) * weights[k];
+      sums[2] += widen<8>(pixels) * weights[k];
+      sums[3] += widen<12>(pixels) * weights[k];
     }
-    for (int v = 0; v < kVectors; ++v) {
-      Int8 value = sums[v] >> kFractionBits;
-      value = value < 0 ? Int8{} : value;
-      value = value > 255 ? Int8{} + 255 : value;
-      const Byte8 pixels = __builtin_convertvector(value, Byte8);
-      std::memcpy(output + x + 8 * v, &pixels, 8);
-    }
+    const Byte16 values = pack(sums);
+    std::memcpy(output + x, &values, 16);
   }
   for (; x < bytes; ++x) {
     int32_t sum = kHalf;
     for (int64_t k = 0; k < count; ++k) {
       sum += input[k * row_bytes + x] * weights[k];
     }
-    output[x] = to_byte(sum);
+    output[x] = static_cast<uint8_t>(std::clamp(sum >> kFractionBits, 0, 255));
   }
 }
 
-// `input` begins at input row `origin` of the taps.
-NTKCL_INLINE void rows(const ImageView& input, int64_t origin, const Taps& taps, uint8_t* output) {
+NTKCL_INLINE void rows(const ImageView& input, const Axis& axis, uint8_t* output) {
   const int64_t bytes = 3 * input.width;
-  for (size_t i = 0; i < taps.first.size(); ++i) {
-    row_of(input.pixels + (taps.first[i] - origin) * input.row_bytes, input.row_bytes,
-           taps.weights.data() + i * taps.stride, taps.count[i], bytes, output + i * bytes);
+  for (size_t i = 0; i < axis.first.size(); ++i) {
+    row_of(input.pixels + axis.first[i] * input.row_bytes, input.row_bytes,
+           axis.weights.data() + i * axis.stride, axis.count[i], bytes, output + i * bytes);
   }
 }
 
 // The same code for two instruction sets, chosen at run time.
+using Pass = void (*)(const ImageView& input, const Axis& axis, uint8_t* output);
 struct Passes {
-  void (*columns)(const ImageView&, const Taps&, uint8_t*);
-  void (*rows)(const ImageView&, int64_t, const Taps&, uint8_t*);
+  Pass columns;
+  Pass rows;
 };
 
-void columns_baseline(const ImageView& input, const Taps& taps, uint8_t* output) {
-  columns(input, taps, output);
+void columns_baseline(const ImageView& input, const Axis& axis, uint8_t* output) {
+  columns(input, axis, output);
 }
-void rows_baseline(const ImageView& input, int64_t origin, const Taps& taps, uint8_t* output) {
-  rows(input, origin, taps, output);
+void rows_baseline(const ImageView& input, const Axis& axis, uint8_t* output) {
+  rows(input, axis, output);
 }
 
 #if defined(__x86_64__)
-[[gnu::target("avx2")]] void columns_avx2(const ImageView& input, const Taps& taps,
+[[gnu::target("avx2")]] void columns_avx2(const ImageView& input, const Axis& axis,
                                           uint8_t* output) {
-  columns(input, taps, output);
+  columns(input, axis, output);
 }
-[[gnu::target("avx2")]] void rows_avx2(const ImageView& input, int64_t origin, const Taps& taps,
-                                       uint8_t* output) {
-  rows(input, origin, taps, output);
+[[gnu::target("avx2")]] void rows_avx2(const ImageView& input, const Axis& axis, uint8_t* output) {
+  rows(input, axis, output);
 }
 #endif
 
@@ -204,9 +233,9 @@ Passes choose_passes() {
   return {columns_baseline, rows_baseline};
 }
 
-// Whether an axis only shifts: every weight is then 1 or 0.
-bool is_shift(float low, float high, int64_t out_size) {
-  return low == std::floor(low) && high - low == static_cast<float>(out_size);
+// Pillow's choice since version 13, from the whole input whatever the box.
+bool rows_come_first(const ImageView& input, int64_t height, int64_t width) {
+  return input.height > height && input.height - height > 2 * (input.width - width);
 }
 
 void copy_rows(const ImageView& input, uint8_t* output) {
@@ -223,42 +252,32 @@ void resample(const ImageView& input, const Box& box, Filter filter, int64_t hei
   if (window.height == 0 || window.width == 0) {
     return;
   }
-  const bool shifts_columns = is_shift(box.left, box.right, width);
-  const bool shifts_rows = is_shift(box.top, box.bottom, height);
+  const Axis x =
+      make_axis(input.width, box.left, box.right, width, filter, window.left, window.width);
+  const Axis y =
+      make_axis(input.height, box.top, box.bottom, height, filter, window.top, window.height);
+  const ImageView view = input.crop(y.first_input, x.first_input, y.inputs, x.inputs);
 
-  // The input rows that the window needs.
-  Taps vertical;
-  int64_t top = static_cast<int64_t>(box.top) + window.top;
-  int64_t bottom = top + window.height;
-  if (!shifts_rows) {
-    vertical =
-        make_taps(input.height, box.top, box.bottom, height, filter, window.top, window.height);
-    top = vertical.first.front();
-    bottom = vertical.first.back() + vertical.count.back();
-  }
-  ImageView view = input.crop(top, 0, bottom - top, input.width);
-
-  // Columns.
-  std::vector<uint8_t> narrowed;
-  if (shifts_columns) {
-    view = view.crop(0, static_cast<int64_t>(box.left) + window.left, view.height, window.width);
-  } else {
-    const Taps horizontal =
-        make_taps(input.width, box.left, box.right, width, filter, window.left, window.width);
-    uint8_t* target = output;
-    if (!shifts_rows) {
-      narrowed.resize(3 * view.height * window.width);
-      target = narrowed.data();
-    }
-    passes.columns(view, horizontal, target);
-    view = {target, view.height, window.width, 3 * window.width};
-  }
-
-  // Rows.
-  if (!shifts_rows) {
-    passes.rows(view, top, vertical, output);
-  } else if (shifts_columns) {
+  // At most one pass.
+  if (x.shifts && y.shifts) {
     copy_rows(view, output);
+    return;
+  }
+  if (x.shifts || y.shifts) {
+    (x.shifts ? passes.rows : passes.columns)(view, x.shifts ? y : x, output);
+    return;
+  }
+
+  // Two.
+  std::vector<uint8_t> between;
+  if (rows_come_first(input, height, width)) {
+    between.resize(3 * window.height * view.width);
+    passes.rows(view, y, between.data());
+    passes.columns({between.data(), window.height, view.width, 3 * view.width}, x, output);
+  } else {
+    between.resize(3 * view.height * window.width);
+    passes.columns(view, x, between.data());
+    passes.rows({between.data(), view.height, window.width, 3 * window.width}, y, output);
   }
 }
 

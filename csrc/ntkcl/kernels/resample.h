@@ -6,7 +6,9 @@
 //
 // Each output pixel is a weighted mean over the input pixels within the filter's support, which
 // grows with the scale when an image shrinks. Weights are computed in double, normalised, rounded
-// to 22-bit fixed point; columns first, rows second, with an 8-bit image in between.
+// to 22-bit fixed point. Columns are done first and rows second, with an 8-bit image in between; as
+// in Pillow 13 the rows come first where the input loses more than twice as many rows as columns
+// (before, never: up to a quarter of such an image's values then differ by 1).
 // Cost: about 3 * width * (box height) * taps_x + 3 * width * height * taps_y multiply-adds, where
 // taps = 2 * support * max(scale, 1) and the support is 1 (bilinear) or 2 (bicubic).
 namespace ntkcl::kernels {

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) normalize_kernel(NormalizeSecti
   for (int64_t segment = int64_t{blockIdx.x} * kWarps + threadIdx.y; segment < segments;
        segment += int64_t{gridDim.x} * kWarps) {
     const T* x = args.x + segment * args.width;
-    C* unit = args.unit + segment * args.width;
+    T* unit = args.unit + segment * args.width;
     C values[kElements];
 
     // Norm.
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) normalize_kernel(NormalizeSecti
       for (int j = 0; j < kElements; ++j) {
         values[j] *= factor;
       }
-      write<C, kElements>(unit + c, values);
+      write<T, kElements>(unit + c, values);
     }
   }
 }
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) project_kernel(ProjectSections<
   for (int64_t segment = int64_t{blockIdx.x} * kWarps + threadIdx.y; segment < segments;
        segment += int64_t{gridDim.x} * kWarps) {
     const T* x = args.x + segment * args.width;
-    const C* pulled = args.pulled + segment * args.width;
+    const T* pulled = args.pulled + segment * args.width;
     T* dx = args.dx + segment * args.width;
     C values[kElements];
     C pulls[kElements];
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) project_kernel(ProjectSections<
     C dot = 0;
     for (int64_t c = lane * kElements; c < args.width; c += kWarp * kElements) {
       read<T, kElements>(x + c, values);
-      read<C, kElements>(pulled + c, pulls);
+      read<T, kElements>(pulled + c, pulls);
       for (int j = 0; j < kElements; ++j) {
         square += values[j] * values[j];
         dot += pulls[j] * values[j];
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) project_kernel(ProjectSections<
     // Gradient across x.
     for (int64_t c = lane * kElements; c < args.width; c += kWarp * kElements) {
       read<T, kElements>(x + c, values);
-      read<C, kElements>(pulled + c, pulls);
+      read<T, kElements>(pulled + c, pulls);
       for (int j = 0; j < kElements; ++j) {
         values[j] = factor * (pulls[j] - share * values[j]);
       }

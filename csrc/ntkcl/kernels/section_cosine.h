@@ -16,7 +16,7 @@ template <class T>
 struct NormalizeSections {
   const T* x = nullptr;        // (rows, sections, width)
   const T* weights = nullptr;  // (sections); null: all 1
-  Compute<T>* unit = nullptr;  // (rows, sections, width)
+  T* unit = nullptr;           // (rows, sections, width)
   int64_t rows = 0;
   int64_t sections = 0;
   int64_t width = 0;
@@ -28,11 +28,11 @@ struct NormalizeSections {
 //                dx = weight / m * pulled           elsewhere.
 template <class T>
 struct ProjectSections {
-  const Compute<T>* pulled = nullptr;  // (rows, sections, width): gradient of weight * u
-  const T* x = nullptr;                // (rows, sections, width)
-  const T* weights = nullptr;          // (sections)
-  T* dx = nullptr;                     // (rows, sections, width)
-  Compute<T>* along = nullptr;         // (rows, sections)
+  const T* pulled = nullptr;    // (rows, sections, width): gradient of weight * u
+  const T* x = nullptr;         // (rows, sections, width)
+  const T* weights = nullptr;   // (sections)
+  T* dx = nullptr;              // (rows, sections, width)
+  Compute<T>* along = nullptr;  // (rows, sections)
   int64_t rows = 0;
   int64_t sections = 0;
   int64_t width = 0;

@@ -27,9 +27,9 @@ NTKCL_INLINE C sum_of(const C* lanes) {
 }
 
 // sum of a[i] * b[i]; a may be b.
-template <class A, class B>
-NTKCL_INLINE Compute<B> dot_loop(const A* a, const B* b, int64_t n) {
-  Compute<B> lanes[kLanes] = {};
+template <class T>
+NTKCL_INLINE Compute<T> dot_loop(const T* a, const T* b, int64_t n) {
+  Compute<T> lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -43,37 +43,34 @@ NTKCL_INLINE Compute<B> dot_loop(const A* a, const B* b, int64_t n) {
 }
 
 template <class T>
-NTKCL_INLINE void scale_loop(const T* __restrict__ x, Compute<T> factor,
-                             Compute<T>* __restrict__ out, int64_t n) {
+NTKCL_INLINE void scale_loop(const T* __restrict__ x, Compute<T> factor, T* __restrict__ out,
+                             int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = load(x[i]) * factor;
+    out[i] = store<T>(load(x[i]) * factor);
   }
 }
 
 // out = factor * (pulled - share * x)
 template <class T>
-NTKCL_INLINE void project_loop(const Compute<T>* __restrict__ pulled, const T* __restrict__ x,
+NTKCL_INLINE void project_loop(const T* __restrict__ pulled, const T* __restrict__ x,
                                Compute<T> share, Compute<T> factor, T* __restrict__ out,
                                int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = store<T>(factor * (pulled[i] - share * load(x[i])));
+    out[i] = store<T>(factor * (load(pulled[i]) - share * load(x[i])));
   }
 }
 
 // Templates cannot be multiversioned; these instances of the loops above are.
-#define NTKCL_LOOPS(T)                                                                       \
-  NTKCL_MULTIVERSION Compute<T> square_norm(const T* x, int64_t n) {                         \
-    return dot_loop(x, x, n);                                                                \
-  }                                                                                          \
-  NTKCL_MULTIVERSION void scale(const T* x, Compute<T> factor, Compute<T>* out, int64_t n) { \
-    scale_loop<T>(x, factor, out, n);                                                        \
-  }                                                                                          \
-  NTKCL_MULTIVERSION Compute<T> dot(const Compute<T>* a, const T* b, int64_t n) {            \
-    return dot_loop(a, b, n);                                                                \
-  }                                                                                          \
-  NTKCL_MULTIVERSION void project(const Compute<T>* pulled, const T* x, Compute<T> share,    \
-                                  Compute<T> factor, T* out, int64_t n) {                    \
-    project_loop<T>(pulled, x, share, factor, out, n);                                       \
+#define NTKCL_LOOPS(T)                                                              \
+  NTKCL_MULTIVERSION Compute<T> dot(const T* a, const T* b, int64_t n) {            \
+    return dot_loop<T>(a, b, n);                                                    \
+  }                                                                                 \
+  NTKCL_MULTIVERSION void scale(const T* x, Compute<T> factor, T* out, int64_t n) { \
+    scale_loop<T>(x, factor, out, n);                                               \
+  }                                                                                 \
+  NTKCL_MULTIVERSION void project(const T* pulled, const T* x, Compute<T> share,    \
+                                  Compute<T> factor, T* out, int64_t n) {           \
+    project_loop<T>(pulled, x, share, factor, out, n);                              \
   }
 NTKCL_LOOPS(float)
 NTKCL_LOOPS(double)
@@ -87,7 +84,7 @@ void normalize_sections_cpu(const NormalizeSections<T>& args, int64_t first, int
   using C = Compute<T>;
   for (int64_t segment = first; segment < last; ++segment) {
     const T* x = args.x + segment * args.width;
-    const C norm = std::sqrt(square_norm(x, args.width));
+    const C norm = std::sqrt(dot(x, x, args.width));
     const C weight = args.weights == nullptr ? C{1} : load(args.weights[segment % args.sections]);
     // NaN stays NaN: the norm is the first operand.
     const C factor = weight / std::max(norm, static_cast<C>(kMinimumNorm));
@@ -100,8 +97,8 @@ void project_sections_cpu(const ProjectSections<T>& args, int64_t first, int64_t
   using C = Compute<T>;
   for (int64_t segment = first; segment < last; ++segment) {
     const T* x = args.x + segment * args.width;
-    const C* pulled = args.pulled + segment * args.width;
-    const C norm = std::sqrt(square_norm(x, args.width));
+    const T* pulled = args.pulled + segment * args.width;
+    const C norm = std::sqrt(dot(x, x, args.width));
     const C length = std::max(norm, static_cast<C>(kMinimumNorm));
     const C along = dot(pulled, x, args.width) / length;
     args.along[segment] = along;

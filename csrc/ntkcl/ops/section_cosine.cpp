@@ -58,7 +58,7 @@ std::tuple<at::Tensor, at::Tensor> section_cosine_backward_meta(const at::Tensor
 // The rows of x with each section normalised, times its weight where weights are defined.
 at::Tensor normalized(const detail::SectionKernels& kernels, const at::Tensor& x,
                       const at::Tensor& weights, int64_t sections) {
-  const at::Tensor unit = at::empty(x.sizes(), x.options().dtype(compute_type(x.scalar_type())));
+  const at::Tensor unit = at::empty(x.sizes(), x.options());
   if (unit.numel() > 0) {
     kernels.normalize(x.contiguous(), weights, unit, sections);
   }
@@ -77,7 +77,7 @@ void normalize_cpu(const at::Tensor& x, const at::Tensor& weights, const at::Ten
     const kernels::NormalizeSections<T> args{
         .x = elements<T>(x),
         .weights = weights.defined() ? elements<T>(weights) : nullptr,
-        .unit = mutable_elements<kernels::Compute<T>>(unit),
+        .unit = mutable_elements<T>(unit),
         .rows = x.size(0),
         .sections = sections,
         .width = x.size(1) / sections};
@@ -91,7 +91,7 @@ void project_cpu(const at::Tensor& pulled, const at::Tensor& x, const at::Tensor
                  const at::Tensor& dx, const at::Tensor& along) {
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const kernels::ProjectSections<T> args{.pulled = elements<kernels::Compute<T>>(pulled),
+    const kernels::ProjectSections<T> args{.pulled = elements<T>(pulled),
                                            .x = elements<T>(x),
                                            .weights = elements<T>(weights),
                                            .dx = mutable_elements<T>(dx),
@@ -130,7 +130,7 @@ at::Tensor section_cosine(const SectionKernels& kernels, const at::Tensor& x,
   const int64_t sections = weights.size(0);
   const at::Tensor left = normalized(kernels, x, weights.contiguous(), sections);
   const at::Tensor right = normalized(kernels, prototypes, {}, sections);
-  return at::mm(left, right.t()).to(x.scalar_type());
+  return at::mm(left, right.t());
 }
 
 std::tuple<at::Tensor, at::Tensor> section_cosine_backward(const SectionKernels& kernels,
@@ -141,9 +141,10 @@ std::tuple<at::Tensor, at::Tensor> section_cosine_backward(const SectionKernels&
   check_section_cosine_backward(grad, x, prototypes, weights);
   const int64_t sections = weights.size(0);
   const at::Tensor right = normalized(kernels, prototypes, {}, sections);
-  const at::Tensor pulled = at::mm(grad.to(right.scalar_type()), right);  // (B, S*C)
+  const at::Tensor pulled = at::mm(grad, right);  // (B, S*C)
   const at::Tensor dx = at::empty(x.sizes(), x.options());
-  const at::Tensor along = at::zeros({x.size(0), sections}, right.options());
+  const at::Tensor along =
+      at::zeros({x.size(0), sections}, x.options().dtype(compute_type(x.scalar_type())));
   if (x.numel() > 0) {
     kernels.project(pulled, x.contiguous(), weights.contiguous(), dx, along);
   }

@@ -16,8 +16,9 @@ namespace ntkcl::ops {
 //   ->          (B, n)
 //
 // cos(a, b) = a . b / (max(|a|, 1e-12) max(|b|, 1e-12)), as of torch.nn.functional.normalize. All
-// three may require a gradient. The cost is one matrix product (B, S*C) x (S*C, n), in float32 for
-// bfloat16 inputs, and two per gradient.
+// three may require a gradient. The cost is one matrix product (B, S*C) x (S*C, n) and another for
+// each gradient of x or prototypes. With bfloat16, norms and sums are float32, and unit vectors are
+// rounded to bfloat16, which costs less than the rounding of the result.
 // Errors: ValueError (shapes, devices), TypeError (element types).
 at::Tensor section_cosine(const at::Tensor& x, const at::Tensor& prototypes,
                           const at::Tensor& weights);
@@ -34,7 +35,7 @@ namespace detail {
 // What differs between devices; the tensors are contiguous and not empty. See
 // kernels/section_cosine.h.
 struct SectionKernels {
-  // weights may be undefined: all 1. unit is of the type of the arithmetic.
+  // weights may be undefined: all 1. unit is of x's type, along of the type of the arithmetic.
   void (*normalize)(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& unit,
                     int64_t sections);
   void (*project)(const at::Tensor& pulled, const at::Tensor& x, const at::Tensor& weights,

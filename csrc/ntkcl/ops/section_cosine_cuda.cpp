@@ -18,7 +18,7 @@ void normalize_cuda(const at::Tensor& x, const at::Tensor& weights, const at::Te
     const kernels::NormalizeSections<T> args{
         .x = elements<T>(x),
         .weights = weights.defined() ? elements<T>(weights) : nullptr,
-        .unit = mutable_elements<kernels::Compute<T>>(unit),
+        .unit = mutable_elements<T>(unit),
         .rows = x.size(0),
         .sections = sections,
         .width = x.size(1) / sections};
@@ -30,7 +30,7 @@ void project_cuda(const at::Tensor& pulled, const at::Tensor& x, const at::Tenso
                   const at::Tensor& dx, const at::Tensor& along) {
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const kernels::ProjectSections<T> args{.pulled = elements<kernels::Compute<T>>(pulled),
+    const kernels::ProjectSections<T> args{.pulled = elements<T>(pulled),
                                            .x = elements<T>(x),
                                            .weights = elements<T>(weights),
                                            .dx = mutable_elements<T>(dx),
