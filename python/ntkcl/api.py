@@ -22,7 +22,7 @@ from ntkcl import backbones as _backbones
 from ntkcl import config as _config
 from ntkcl.backbones import Weights, backbone_info, load_backbone
 from ntkcl.config import Config, Normalization, resolve
-from ntkcl.datasets import Dataset, load_dataset
+from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
 from ntkcl.progress import make_progress
 from ntkcl.result import Result, result_of
 from ntkcl.runfolder import RunFolder
@@ -63,8 +63,9 @@ def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result:
             test_per_class=config.test_per_class,
         )
         weights = load_backbone(config.backbone, config.weights)
-        trainer = _make_trainer(config, dataset, weights)
-        folder.begin(config, _environment(weights, dataset))
+        order = _class_order(config, len(dataset.class_names))
+        trainer = _make_trainer(config, dataset, weights, order)
+        folder.begin(config, _environment(weights, dataset, order))
     except BaseException:
         folder.discard()
         raise
@@ -87,6 +88,11 @@ def list_methods() -> list[str]:
     return list(_C.describe_options()["methods"])
 
 
+def list_datasets() -> list[str]:
+    """Names of the data sets that are known; a folder, a zip or arrays serve as well."""
+    return list(KNOWN_DATASETS)
+
+
 def info() -> dict[str, str]:
     """Versions, devices and build options."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -103,7 +109,9 @@ def info() -> dict[str, str]:
     }
 
 
-def _make_trainer(config: Config, dataset: Dataset, weights: Weights) -> _C.Trainer:
+def _make_trainer(
+    config: Config, dataset: Dataset, weights: Weights, class_order: list[int]
+) -> _C.Trainer:
     backbone = backbone_info(config.backbone)
     mean, std = _mean_std(config, backbone)
     transformer = _C.VisionTransformer(weights.tensors, backbone.heads, config.image_size)
@@ -115,7 +123,7 @@ def _make_trainer(config: Config, dataset: Dataset, weights: Weights) -> _C.Trai
         {
             "train": dataset.train,
             "test": dataset.test,
-            "class_order": _class_order(config, len(dataset.class_names)),
+            "class_order": class_order,
         },
         config.transform_options(),
         config.loader_options(),
@@ -146,13 +154,14 @@ def _class_order(config: Config, count: int) -> list[int]:
     return [int(index) for index in order]
 
 
-def _environment(weights: Weights, dataset: Dataset) -> dict[str, Any]:
+def _environment(weights: Weights, dataset: Dataset, class_order: list[int]) -> dict[str, Any]:
     return {
         **info(),
         "weights": str(weights.path),
         "weights_sha256": weights.sha256,
         "dataset_manifest": dataset.manifest_hash,
         "git_commit": _git_commit(),
+        "classes": [dataset.class_names[index] for index in class_order],  # as learned
     }
 
 

@@ -124,6 +124,10 @@ class Option:
     doc: str
     field: Any  # what pydantic validates
 
+    @property
+    def is_list(self) -> bool:
+        return self.type.startswith("list")
+
 
 def options(method: str | None = None) -> list[Option]:
     """All keys with type, default, what is allowed and doc; of every method, or of one."""
@@ -226,7 +230,7 @@ def to_toml(config: Config) -> str:
 def from_text(option: Option, text: str | Sequence[str]) -> Any:
     """The value that a command line means by `text`; what does not fit is left to `resolve`."""
     try:
-        if option.type.startswith("list"):
+        if option.is_list:
             return pydantic.TypeAdapter(_TYPES[option.type]).validate_python(list(text))
         if isinstance(text, str) and text[:1] in ("[", "{"):
             return tomllib.loads(f"value = {text}")["value"]

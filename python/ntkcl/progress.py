@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -59,7 +59,7 @@ class Lines(Silent):
     def on_epoch(self, event: Event) -> None:
         self._print(
             f"{_task_text(event, self._tasks)}  epoch {event['epoch'] + 1}/{event['epochs']}  "
-            f"{_losses_text(event['losses'])}  {event['images_per_second']:.0f} images/s"
+            f"{_loss_text(event['losses'])}  {event['images_per_second']:.0f} images/s"
         )
 
     def on_evaluation(self, event: Event) -> None:
@@ -112,7 +112,7 @@ class Live(Silent):
             description=f"epoch {event['epoch'] + 1}",
             completed=event["step"] + 1,
             total=event["steps"],
-            detail=f"{_losses_text(event['losses'])}{self._rate}",
+            detail=f"{_loss_text(event['losses'])}{self._rate}",
         )
 
     def on_epoch(self, event: Event) -> None:
@@ -147,16 +147,20 @@ def make_progress(shown: bool) -> Silent:
     return Live(console) if console.is_terminal else Lines(console)
 
 
-def result_table(result: Result) -> Table:
+def result_table(result: Result) -> Group:
     """Accuracies after each task, and the headline numbers below."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"{result.config.method} on {result.config.dataset}")
-    for name in ("after task", "all classes seen", "new", "old", "task id", "within task"):
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("after task", "all seen", "new", "old", "task id", "within task"):
         table.add_column(name, justify="right")
     for e in result.evaluations:
         numbers = (e.top1, e.new_classes, e.old_classes, e.task_id, e.within_task)
         table.add_row(str(e.task + 1), *(percent(number) for number in numbers))
-    table.caption = "   ".join(f"{name} {text}" for name, text in result.headline().items())
-    return table
+    headline = Table.grid(padding=(0, 2))
+    headline.add_column()
+    headline.add_column(justify="right", style="bold")
+    for name, text in result.headline().items():
+        headline.add_row(f"  {name}", text)
+    return Group(table, headline)
 
 
 def _task_text(event: Event, tasks: int) -> str:
@@ -167,5 +171,6 @@ def _accuracy_text(event: Event) -> str:
     return f"accuracy {event['top1']:.2f} % on {event['count']} test images of all classes seen"
 
 
-def _losses_text(losses: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+def _loss_text(losses: Mapping[str, float]) -> str:
+    """The total; its parts are in the event log."""
+    return f"loss {losses['total']:.3f}" if "total" in losses else ""

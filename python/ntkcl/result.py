@@ -72,9 +72,9 @@ class Result:
             for name in self.__dataclass_fields__
             if name not in ("accuracy_matrix", "evaluations", "output", "config")
         }
+        about = ("method", "variant", "preset", "dataset", "backbone", "seed")
         return {
-            "method": self.config.method,
-            "dataset": self.config.dataset,
+            **{name: getattr(self.config, name) for name in about},
             **numbers,
             "accuracy": list(self.accuracy),
             "accuracy_matrix": self.accuracy_matrix.tolist(),
