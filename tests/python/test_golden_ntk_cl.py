@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import golden
 import pytest
 import torch
 
+import golden
 from ntkcl import _C
 
 DTYPES = [torch.float64, torch.float32]
