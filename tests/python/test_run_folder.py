@@ -125,6 +125,22 @@ def test_a_stored_configuration_starts_the_same_run_in_a_new_folder(
     assert second.output != first.output
 
 
+def test_arrays_in_memory_are_trained_on(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat(["ant", "bee", "cat", "dog"], 4)
+    images = random.integers(0, 256, (16, 8, 8, 3), np.uint8)
+    arrays = {"train": (images, labels), "test": (images[::2], labels[::2])}
+    keywords = {"epochs": 1, "initial_classes": 2, "increment": 2, "transform": "resize"}
+    result = train(tmp_path / "run", dataset=arrays, class_order=[3, 2, 1, 0], **keywords)
+    assert [evaluation.count for evaluation in result.evaluations] == [4, 8]
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["classes"] == ["dog", "cat", "bee", "ant"]
+    with pytest.raises(ValueError, match=r"'dataset': expected the arrays.*does not hold them"):
+        ntkcl.train(tmp_path / "run" / "config.toml", output=tmp_path / "again")
+    again = ntkcl.train(tmp_path / "run" / "config.toml", dataset=arrays, output=tmp_path / "again")
+    assert again.accuracy == result.accuracy
+
+
 # ---- refused before any work ---------------------------------------------------------------------
 
 
