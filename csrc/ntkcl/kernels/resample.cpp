@@ -27,9 +27,9 @@ double bicubic(double x) {
   return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * a : 0.0;
 }
 
-// Pillow's rounding of a position, by truncation. NOLINTNEXTLINE(bugprone-incorrect-roundings)
+// Pillow's rounding of a position, by truncation.
 int64_t rounded(double position) {
-  return static_cast<int64_t>(position + 0.5);
+  return static_cast<int64_t>(position + 0.5);  // NOLINT(bugprone-incorrect-roundings)
 }
 
 int32_t fixed_point(double weight) {
