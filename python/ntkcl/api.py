@@ -30,7 +30,7 @@ from ntkcl.runfolder import RunFolder
 logger = logging.getLogger("ntkcl")
 
 
-def train(config: str | os.PathLike[str] | None = None, /, **keywords: Any) -> Result:
+def train(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Result:
     """Trains a method on a sequence of tasks, tests it after each, and writes a run folder.
 
     With nothing given it runs the embedded default: NTK-CL on scikit-learn's handwritten digits.
@@ -226,7 +226,9 @@ class _StopSignal:
 def _document_train() -> None:
     """Adds every key to the signature and the docstring of `train`, for help() and completion."""
     lines = [train.__doc__ or "", "    Keys:"]
-    parameters = [inspect.Parameter("config", inspect.Parameter.POSITIONAL_ONLY, default=None)]
+    parameters = [
+        inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    ]
     for option in _config.options():
         allowed = f", {option.allowed}" if option.allowed else ""
         lines.append(f"      {option.key} ({option.type}{allowed}): {option.doc}.")
