@@ -31,16 +31,17 @@ def render(tests: Sequence[Record], validations: Sequence[Record]) -> str:
     return "\n".join(sections)
 
 
-def missing_runs(protocol: Protocol, records: Sequence[Record]) -> list[str]:
-    """Runs of the main comparison that are not recorded."""
+def missing_runs(protocol: Protocol, records: Sequence[Record]) -> dict[str, list[int]]:
+    """Seeds of the main comparison that are not recorded, by run and normalisation."""
     present = {(record["name"], record["normalize"], record["seed"]) for record in records}
-    return [
-        f"{name} {normalize} seed {seed}"
+    seeds = {
+        f"{name} {normalize}": [
+            seed for seed in protocol.seeds if (name, normalize, seed) not in present
+        ]
         for name in MAIN_RUNS
         for normalize in NORMALIZATIONS
-        for seed in protocol.seeds
-        if (name, normalize, seed) not in present
-    ]
+    }
+    return {run: absent for run, absent in seeds.items() if absent}
 
 
 def mean_and_error(values: Sequence[float]) -> str:
@@ -83,10 +84,14 @@ def _completeness(protocol: Protocol, main: list[Record]) -> str:
     total = len(MAIN_RUNS) * len(NORMALIZATIONS) * len(protocol.seeds)
     if not missing:
         return f"All {total} runs of the main comparison are recorded.\n"
-    listed = "; ".join(missing)
+    count = sum(len(seeds) for seeds in missing.values())
+    listed = "; ".join(
+        f"{run} seed{'s'[: len(seeds) > 1]} {', '.join(map(str, seeds))}"
+        for run, seeds in missing.items()
+    )
     return (
-        f"**Incomplete: {len(missing)} of the {total} runs of the main comparison are missing**, "
-        f"so means are over the seeds that are there. Missing: {listed}.\n"
+        f"**Incomplete: {count} of the {total} runs of the main comparison are missing**, so means "
+        f"are over the seeds that are there, and no conclusion is final. Missing: {listed}.\n"
     )
 
 

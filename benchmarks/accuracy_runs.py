@@ -79,7 +79,7 @@ def _section(options: Mapping[str, Any]) -> dict[str, Any]:
 
 MAIN_RUNS = ("simple-cil", "release", "corrected")
 RUNS: Mapping[str, Run] = {
-    "simple-cil": Run("simple-cil", "corrected", "SimpleCIL: class means of the frozen backbone"),
+    "simple-cil": Run("simple-cil", "corrected", "class means of the frozen backbone"),
     "release": _release("NTK-CL as released"),
     "corrected": _corrected("NTK-CL with its defects repaired"),
     # One repair added to the release.

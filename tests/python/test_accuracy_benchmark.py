@@ -226,7 +226,7 @@ def test_the_report_says_what_is_missing() -> None:
     ]
     text = report.render(records, [])
     assert "Incomplete: 2 of the 18 runs" in text
-    assert "corrected none seed 1; corrected none seed 2." in text
+    assert "Missing: corrected none seeds 1, 2." in text
     assert "66.00 (one seed)" in text
     assert "Incomplete: 18 of the 18" in report.render([], [])
 
