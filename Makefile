@@ -2,6 +2,7 @@
 #
 #   NTKCL_JOBS=2          compiler processes at a time
 #   NTKCL_WITH_CUDA=AUTO  CUDA kernels: AUTO (when nvcc and a CUDA torch are found), ON, OFF
+#   NTKCL_PCH=AUTO        precompiled headers: AUTO (where there is no ccache), ON, OFF
 #   PYTHON=python3        the interpreter of the virtual environment (3.11 or newer)
 #   TORCH="torch>=2.11,<3"  what to install where the virtual environment has no torch
 
@@ -16,6 +17,7 @@ TORCH ?= torch>=2.11,<3
 WERROR ?= ON
 NTKCL_JOBS ?= 2
 NTKCL_WITH_CUDA ?= AUTO
+NTKCL_PCH ?= AUTO
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
@@ -62,14 +64,16 @@ $(STAMPS)/installed: $(STAMPS)/torch pyproject.toml
 	  "scikit-build-core>=0.11"
 	@echo "Compiling and installing ntkcl: a few minutes on two cores."
 	$(PY) -m pip install -q --no-build-isolation -Cbuild-dir=$(BUILD) \
-	  -Ccmake.define.NTKCL_BUILD_TESTS=ON -Ccmake.define.NTKCL_WERROR=$(WERROR) -e ".[dev]"
+	  -Ccmake.define.NTKCL_BUILD_TESTS=ON -Ccmake.define.NTKCL_WERROR=$(WERROR) \
+	  -Ccmake.define.NTKCL_PCH=$(NTKCL_PCH) -e ".[dev]"
 	touch $@
 
 # ---- the daily loop ------------------------------------------------------------------------------
 
 .PHONY: build
 build: setup  ## Compile what changed and put it where the installed package is
-	cmake -S . -B $(BUILD) -DNTKCL_WERROR=$(WERROR) -DNTKCL_WITH_CUDA=$(NTKCL_WITH_CUDA) > $(BUILD)/configure.log \
+	cmake -S . -B $(BUILD) -DNTKCL_WERROR=$(WERROR) -DNTKCL_PCH=$(NTKCL_PCH) \
+	  -DNTKCL_WITH_CUDA=$(NTKCL_WITH_CUDA) > $(BUILD)/configure.log \
 	  || { cat $(BUILD)/configure.log; exit 1; }
 	cmake --build $(BUILD)
 	cmake --install $(BUILD) --component python --strip \
