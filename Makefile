@@ -107,8 +107,9 @@ format: setup  ## Rewrite the sources as `make lint` wants them
 	ruff check --fix .
 
 .PHONY: stubs
-stubs: build/stubs/ntkcl/_C.pyi  ## Write the type stubs of the bindings, python/ntkcl/_C.pyi
+stubs: build/stubs/ntkcl/_C.pyi  ## Write what is made from the bindings: type stubs, docs/configuration.md
 	cp $< python/ntkcl/_C.pyi
+	$(PY) -m ntkcl.reference > docs/configuration.md
 
 # The values of this build are left out: they differ from machine to machine.
 .PHONY: build/stubs/ntkcl/_C.pyi

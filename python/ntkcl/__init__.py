@@ -7,12 +7,11 @@ result = ntkcl.train(preset="ntk-cl/cifar100-in21k", data_root="~/data")
 
 import ntkcl._torch_check  # noqa: F401  # first of all
 from ntkcl import _C as _C
-from ntkcl.api import info, list_methods, train
+from ntkcl.api import info, list_datasets, list_methods, train
 from ntkcl.backbones import list_backbones
 from ntkcl.config import Config
-from ntkcl.datasets import list_datasets
 from ntkcl.presets import list_presets
-from ntkcl.result import Evaluation, Result
+from ntkcl.result import Evaluation, Result, load_result
 
 __version__: str = _C.__version__
 __all__ = [
@@ -24,5 +23,6 @@ __all__ = [
     "list_datasets",
     "list_methods",
     "list_presets",
+    "load_result",
     "train",
 ]

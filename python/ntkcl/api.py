@@ -21,8 +21,8 @@ from ntkcl import _C
 from ntkcl import backbones as _backbones
 from ntkcl import config as _config
 from ntkcl.backbones import Weights, backbone_info, load_backbone
-from ntkcl.config import Config, Normalization, resolve
-from ntkcl.datasets import Dataset, load_dataset
+from ntkcl.config import ARRAYS, Config, Normalization, resolve
+from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
 from ntkcl.progress import make_progress
 from ntkcl.result import Result, result_of
 from ntkcl.runfolder import RunFolder
@@ -30,7 +30,7 @@ from ntkcl.runfolder import RunFolder
 logger = logging.getLogger("ntkcl")
 
 
-def train(config: str | os.PathLike[str] | None = None, /, **keywords: Any) -> Result:
+def train(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Result:
     """Trains a method on a sequence of tasks, tests it after each, and writes a run folder.
 
     With nothing given it runs the embedded default: NTK-CL on scikit-learn's handwritten digits.
@@ -49,11 +49,16 @@ def train(config: str | os.PathLike[str] | None = None, /, **keywords: Any) -> R
     arrays = keywords.get("dataset")
     if not isinstance(arrays, Mapping):
         return run(resolve(keywords, config))
-    return run(resolve(keywords | {"dataset": _config.ARRAYS}, config), arrays)
+    return run(resolve(keywords | {"dataset": ARRAYS}, config), arrays)
 
 
 def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result:
     """Runs a resolved configuration; `arrays` are the images of dataset "arrays"."""
+    if config.dataset == ARRAYS and arrays is None:
+        raise ValueError(
+            '[config] \'dataset\': expected the arrays {"train": (images, labels), "test": ...}, '
+            "as a file does not hold them, got 'arrays'"
+        )
     folder = RunFolder.reserve(config)
     try:
         dataset = load_dataset(
@@ -63,28 +68,27 @@ def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result:
             test_per_class=config.test_per_class,
         )
         weights = load_backbone(config.backbone, config.weights)
-        trainer = _make_trainer(config, dataset, weights)
-        folder.begin(config, _environment(weights, dataset))
+        order = _class_order(config, len(dataset.class_names))
+        trainer = _make_trainer(config, dataset, weights, order)
+        folder.begin(config, _environment(weights, dataset, order))
     except BaseException:
         folder.discard()
         raise
-    with folder, make_progress(config.progress) as progress, _StopSignal() as stop:
-
-        def on_event(event: dict[str, Any]) -> None:
-            folder.record(event)
-            if event["event"] == "warning":
-                logger.warning(event["message"])
-            progress(event)
-
-        raw = trainer.run(on_event, stop)
-        result = result_of(raw, folder.path, config)
-        folder.finish(result, raw)
-    return result
+    try:
+        return _run(config, trainer, folder)
+    except BaseException as error:
+        error.add_note(f"what was finished is in '{folder.path}'")
+        raise
 
 
 def list_methods() -> list[str]:
     """Names of the methods."""
     return list(_C.describe_options()["methods"])
+
+
+def list_datasets() -> list[str]:
+    """Names of the data sets that are known; a folder, a zip or arrays serve as well."""
+    return list(KNOWN_DATASETS)
 
 
 def info() -> dict[str, str]:
@@ -103,7 +107,24 @@ def info() -> dict[str, str]:
     }
 
 
-def _make_trainer(config: Config, dataset: Dataset, weights: Weights) -> _C.Trainer:
+def _run(config: Config, trainer: _C.Trainer, folder: RunFolder) -> Result:
+    with folder, make_progress(config.progress) as progress, _StopSignal() as stop:
+
+        def on_event(event: dict[str, Any]) -> None:
+            folder.record(event)
+            if event["event"] == "warning":
+                logger.warning(event["message"])
+            progress(event)
+
+        raw = trainer.run(on_event, stop)
+        result = result_of(raw, folder.path, config)
+        folder.finish(result, raw)
+    return result
+
+
+def _make_trainer(
+    config: Config, dataset: Dataset, weights: Weights, class_order: list[int]
+) -> _C.Trainer:
     backbone = backbone_info(config.backbone)
     mean, std = _mean_std(config, backbone)
     transformer = _C.VisionTransformer(weights.tensors, backbone.heads, config.image_size)
@@ -115,7 +136,7 @@ def _make_trainer(config: Config, dataset: Dataset, weights: Weights) -> _C.Trai
         {
             "train": dataset.train,
             "test": dataset.test,
-            "class_order": _class_order(config, len(dataset.class_names)),
+            "class_order": class_order,
         },
         config.transform_options(),
         config.loader_options(),
@@ -146,13 +167,14 @@ def _class_order(config: Config, count: int) -> list[int]:
     return [int(index) for index in order]
 
 
-def _environment(weights: Weights, dataset: Dataset) -> dict[str, Any]:
+def _environment(weights: Weights, dataset: Dataset, class_order: list[int]) -> dict[str, Any]:
     return {
         **info(),
         "weights": str(weights.path),
         "weights_sha256": weights.sha256,
         "dataset_manifest": dataset.manifest_hash,
         "git_commit": _git_commit(),
+        "classes": [dataset.class_names[index] for index in class_order],  # as learned
     }
 
 
@@ -204,7 +226,9 @@ class _StopSignal:
 def _document_train() -> None:
     """Adds every key to the signature and the docstring of `train`, for help() and completion."""
     lines = [train.__doc__ or "", "    Keys:"]
-    parameters = [inspect.Parameter("config", inspect.Parameter.POSITIONAL_ONLY, default=None)]
+    parameters = [
+        inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    ]
     for option in _config.options():
         allowed = f", {option.allowed}" if option.allowed else ""
         lines.append(f"      {option.key} ({option.type}{allowed}): {option.doc}.")

@@ -10,12 +10,10 @@ What is wrong in what was given ends as one line on stderr with exit code 2, Ctr
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import keyword
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -27,7 +25,7 @@ import ntkcl
 from ntkcl import _C, config
 from ntkcl.api import run
 from ntkcl.backbones import backbone_info
-from ntkcl.datasets import list_datasets
+from ntkcl.datasets import KNOWN_DATASETS
 from ntkcl.names import did_you_mean
 from ntkcl.presets import PRESETS, PUBLISHED
 from ntkcl.progress import result_table
@@ -43,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.exit(_dispatch(words))
     except KeyboardInterrupt as stop:
-        sys.exit(_fail(str(stop) or "stopped", 130))
+        sys.exit(_fail(stop, 130))
     except FloatingPointError as error:
-        sys.exit(_fail(str(error), 1))
+        sys.exit(_fail(error, 1))
     except _USER_ERRORS as error:
-        sys.exit(_fail(str(error), 2))
+        sys.exit(_fail(error, 2))
 
 
 def _dispatch(words: list[str]) -> int:
@@ -67,7 +65,8 @@ def _dispatch(words: list[str]) -> int:
     return 0
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(error: BaseException, code: int) -> int:
+    message = "; ".join([str(error) or "stopped", *getattr(error, "__notes__", [])])
     print("ntkcl: " + " ".join(message.split()), file=sys.stderr)
     return code
 
@@ -79,11 +78,12 @@ def _train(words: list[str]) -> None:
     """Train a method on a sequence of tasks and write a run folder."""
     file, given = parse_train(words)
     result = run(config.resolve(given, file))
+    made = result.config
     console = Console()
     console.print(result_table(result))
     console.print(
-        f"{result.seconds:.1f} s, {result.images_per_second:.0f} training images/s. "
-        f"Run folder: {result.output}",
+        f"\n  {made.method} on {made.dataset}: {result.seconds:.1f} s, "
+        f"{result.images_per_second:.0f} training images/s, in {result.output}",
         soft_wrap=True,
         highlight=False,
     )
@@ -91,8 +91,18 @@ def _train(words: list[str]) -> None:
 
 def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     """The configuration file and the keys that a command line gives, under their dotted names."""
-    parsed, unknown = _parse(words)
     options = {option.key: option for option in config.options()}
+    _check_values(words, {"config", *(k for k, o in options.items() if not o.is_list)})
+    parsed, unknown = tyro.cli(
+        _arguments(),
+        args=words,
+        prog="ntkcl train",
+        description=(
+            f"{_train.__doc__} Variant, preset, data set and backbone change some of the "
+            "defaults below; with no arguments: digits on the embedded backbone."
+        ),
+        return_unknown_args=True,
+    )
     if unknown:
         _refuse(unknown[0], list(options))
     file = None if parsed.config is _UNSET else str(parsed.config)
@@ -104,26 +114,12 @@ def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     }
 
 
-def _parse(words: Sequence[str]) -> tuple[Any, list[str]]:
-    """tyro's parser, with its boxed complaints (a value that is missing) as a ValueError."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                _arguments(),
-                args=words,
-                prog="ntkcl train",
-                description=(
-                    f"{_train.__doc__} Variant, preset, data set and backbone change some of the "
-                    "defaults below; with no arguments: digits on the embedded backbone."
-                ),
-                return_unknown_args=True,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
-        raise ValueError(f"[config] {lines[1] if len(lines) > 1 else lines}") from None
+def _check_values(words: Sequence[str], keys: Iterable[str]) -> None:
+    """Every key but a list needs a value: tyro would complain in a box of several lines."""
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        key = _key(word)
+        if word.startswith("--") and key in keys and "=" not in word and following[:2] == "--":
+            raise ValueError(f"[config] '{key}': expected a value after '{word}', got none")
 
 
 def _arguments() -> type[Any]:
@@ -145,15 +141,14 @@ def _arguments() -> type[Any]:
 def _field(name: str, option: config.Option) -> Any:
     """One argument of the dataclass that tyro reads. Values stay text: the configuration says what
     is wrong with them in the same words everywhere."""
-    is_list = option.type.startswith("list")
     metavar, allowed = option.type.upper(), option.allowed
-    if is_list:
+    if option.is_list:
         metavar = option.type[5:-1].upper() + " ..."
     if allowed.startswith("one of: "):
         metavar, allowed = "{" + allowed.removeprefix("one of: ").replace(", ", ",") + "}", ""
     hint = "; ".join(filter(None, (allowed, f"default: {_default_text(option.default)}")))
-    kind = _argument(name, metavar, option.doc, f"({hint})", list[str] if is_list else str)
-    unset = dataclasses.field(default_factory=lambda: _UNSET_LIST) if is_list else _UNSET
+    kind = _argument(name, metavar, option.doc, f"({hint})", list[str] if option.is_list else str)
+    unset = dataclasses.field(default_factory=lambda: _UNSET_LIST) if option.is_list else _UNSET
     return (_attribute_name(name), kind, unset)
 
 
@@ -178,8 +173,12 @@ def _attribute(parsed: Any, key: str) -> Any:
     return parsed
 
 
+def _key(word: str) -> str:
+    return word.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
 def _refuse(word: str, known: list[str]) -> None:
-    key = word.partition("=")[0].removeprefix("--").replace("-", "_")
+    key = _key(word)
     near = did_you_mean(key, known)
     raise ValueError(f"[config] unknown key '{key}'{near or '; see `ntkcl train --help`'}")
 
@@ -202,8 +201,8 @@ def _methods(_: list[str]) -> None:
 
 
 def _datasets(_: list[str]) -> None:
-    """List the data sets that are known by name."""
-    _print_table(["data set"], [[name] for name in list_datasets()])
+    """List the data sets that are known by name, and where they come from."""
+    _print_table(["data set", "how to get it"], [list(known) for known in KNOWN_DATASETS.items()])
 
 
 def _presets(_: list[str]) -> None:

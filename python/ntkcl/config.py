@@ -124,6 +124,10 @@ class Option:
     doc: str
     field: Any  # what pydantic validates
 
+    @property
+    def is_list(self) -> bool:
+        return self.type.startswith("list")
+
 
 def options(method: str | None = None) -> list[Option]:
     """All keys with type, default, what is allowed and doc; of every method, or of one."""
@@ -219,14 +223,14 @@ def to_toml(config: Config) -> str:
         if parents and parents[0] != section:
             section = parents[0]
             lines += ["", f"[{section}]"]
-        lines += [f"# {option.doc}", f"{key} = {_toml_value(value)}"]
+        lines += [f"# {option.doc}", f"{key} = {toml_value(value)}"]
     return "\n".join(lines) + "\n"
 
 
 def from_text(option: Option, text: str | Sequence[str]) -> Any:
     """The value that a command line means by `text`; what does not fit is left to `resolve`."""
     try:
-        if option.type.startswith("list"):
+        if option.is_list:
             return pydantic.TypeAdapter(_TYPES[option.type]).validate_python(list(text))
         if isinstance(text, str) and text[:1] in ("[", "{"):
             return tomllib.loads(f"value = {text}")["value"]
@@ -389,6 +393,11 @@ def _check_combinations(config: Config) -> None:
             f"got schedule '{config.schedule}'"
         )
     order = config.class_order
+    if order == "seed" and config.seed >= 2**32:
+        raise ValueError(
+            "[config] 'seed': expected less than 2**32 where it permutes the classes "
+            f"(class_order 'seed'), got {config.seed}"
+        )
     if isinstance(order, list) and sorted(order) != list(range(len(order))):
         raise ValueError(
             f"[config] 'class_order': expected each of 0 ... {max(len(order) - 1, 0)} once, "
@@ -446,14 +455,15 @@ def plain_value(value: Any) -> Any:
     return value
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if isinstance(value, dict):
-        inner = ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items())
+        inner = ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items())
         return "{" + inner + "}"
     return repr(value)

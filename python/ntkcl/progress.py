@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -59,7 +59,7 @@ class Lines(Silent):
     def on_epoch(self, event: Event) -> None:
         self._print(
             f"{_task_text(event, self._tasks)}  epoch {event['epoch'] + 1}/{event['epochs']}  "
-            f"{_losses_text(event['losses'])}  {event['images_per_second']:.0f} images/s"
+            f"{_loss_text(event['losses'])}  {event['images_per_second']:.0f} images/s"
         )
 
     def on_evaluation(self, event: Event) -> None:
@@ -86,8 +86,7 @@ class Live(Silent):
         self._all = self._progress.add_task("training", total=None, detail="")
         self._now = self._progress.add_task("preparing", total=None, detail="")
         self._tasks = 0
-        self._epochs = ""
-        self._rate = ""
+        self._has_steps = True
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -99,8 +98,8 @@ class Live(Silent):
     def on_run_begin(self, event: Event) -> None:
         self._tasks = event["tasks"]
         # A method without training has no steps: its tasks are counted.
-        total = event["steps"] or self._tasks
-        self._progress.update(self._all, total=total, detail="")
+        self._has_steps = event["steps"] > 0
+        self._progress.update(self._all, total=event["steps"] or self._tasks)
 
     def on_task_begin(self, event: Event) -> None:
         self._progress.update(self._all, description=_task_text(event, self._tasks))
@@ -112,11 +111,11 @@ class Live(Silent):
             description=f"epoch {event['epoch'] + 1}",
             completed=event["step"] + 1,
             total=event["steps"],
-            detail=f"{_losses_text(event['losses'])}{self._rate}",
+            detail=_loss_text(event["losses"]),
         )
 
     def on_epoch(self, event: Event) -> None:
-        self._rate = f"  {event['images_per_second']:.0f} images/s"
+        self._progress.update(self._all, detail=f"{event['images_per_second']:.0f} images/s")
 
     def on_stage(self, event: Event) -> None:
         self._progress.update(
@@ -133,7 +132,7 @@ class Live(Silent):
         )
 
     def on_task_end(self, event: Event) -> None:
-        if self._progress.tasks[0].total == self._tasks:
+        if not self._has_steps:
             self._progress.advance(self._all)
 
 
@@ -147,16 +146,20 @@ def make_progress(shown: bool) -> Silent:
     return Live(console) if console.is_terminal else Lines(console)
 
 
-def result_table(result: Result) -> Table:
+def result_table(result: Result) -> Group:
     """Accuracies after each task, and the headline numbers below."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"{result.config.method} on {result.config.dataset}")
-    for name in ("after task", "all classes seen", "new", "old", "task id", "within task"):
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("after task", "all seen", "new", "old", "task id", "within task"):
         table.add_column(name, justify="right")
     for e in result.evaluations:
         numbers = (e.top1, e.new_classes, e.old_classes, e.task_id, e.within_task)
         table.add_row(str(e.task + 1), *(percent(number) for number in numbers))
-    table.caption = "   ".join(f"{name} {text}" for name, text in result.headline().items())
-    return table
+    headline = Table.grid(padding=(0, 2))
+    headline.add_column()
+    headline.add_column(justify="right", style="bold")
+    for name, text in result.headline().items():
+        headline.add_row(f"  {name}", text)
+    return Group(table, headline)
 
 
 def _task_text(event: Event, tasks: int) -> str:
@@ -167,5 +170,6 @@ def _accuracy_text(event: Event) -> str:
     return f"accuracy {event['top1']:.2f} % on {event['count']} test images of all classes seen"
 
 
-def _losses_text(losses: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+def _loss_text(losses: Mapping[str, float]) -> str:
+    """The total; its parts are in the event log."""
+    return f"loss {losses['total']:.3f}" if "total" in losses else ""

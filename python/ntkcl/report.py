@@ -59,7 +59,8 @@ def _draw_curve(axes: Axes, result: Result) -> None:
     low = min(result.accuracy)
     axes.set_ylim(max(0.0, 10 * math.floor(low / 10 - 0.5)), 101)
     axes.set_xlim(0.7, len(tasks) + 0.3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlabel="after task", ylabel="accuracy on all classes seen (%)")
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -88,4 +89,5 @@ def _draw_matrix(axes: Axes, result: Result) -> None:
     axes.set_yticks(list(ticks), [str(tick + 1) for tick in ticks])
     axes.set(xlabel="accuracy on task", ylabel="after task")
     axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
     axes.figure.colorbar(image, ax=axes, shrink=0.85, label="%")

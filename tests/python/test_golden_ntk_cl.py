@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import golden
 import pytest
 import torch
 
+import golden
 from ntkcl import _C
 
 DTYPES = [torch.float64, torch.float32]
@@ -169,7 +169,8 @@ def test_orthogonality(tag, dtype):
     rows = g[f"{tag}.prototypes"].to(dtype)
     n_old = len(rows) - len(g[f"{tag}.head.weight"])
     direction = _C.signed_direction(_C.old_basis(rows[:n_old], g.config["k"]))
-    inputs = {k: g[f"{tag}.features.{k}"].to(dtype, copy=True).requires_grad_() for k in ("channel", "patch")}
+    features = {k: g[f"{tag}.features.{k}"] for k in ("channel", "patch")}
+    inputs = leaves(features, dtype)
     loss = sum(_C.signed_sum(x, direction) for x in inputs.values())
     g.check(f"{tag}.l_orth", loss, LOSS, LOSS_ABSOLUTE)
     loss.backward()

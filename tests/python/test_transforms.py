@@ -118,7 +118,7 @@ def test_train_views_equal_the_reference(kind: str, size: tuple[int, int]) -> No
             assert np.array_equal(view, reference_train(pixels, kind, image_size, key))
 
 
-@pytest.mark.parametrize("size", [*SIZES, (257, 300), (300, 257), (1, 3000), (2999, 1)])
+@pytest.mark.parametrize("size", [*SIZES, (257, 300), (300, 257), (1, 600), (599, 1)])
 @pytest.mark.parametrize("kind", ["inception", "cifar", "cars", "resize"])
 def test_test_views_equal_the_reference(kind: str, size: tuple[int, int]) -> None:
     pixels = noise(*size)

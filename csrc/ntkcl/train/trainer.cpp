@@ -206,8 +206,9 @@ void Trainer::train_task(std::vector<optim::ParameterGroup> groups) {
   const int64_t epochs = epochs_of(info_.index);
   step_ = 0;
   for (int64_t epoch = 0; epoch < epochs; ++epoch) {
-    train_epoch(*optimizer, epoch, epochs,
-                optim::learning_rate_at(options_.schedule, options_.learning_rate, epoch, epochs));
+    const double rate = optim::schedule_learning_rates(*optimizer, options_.schedule,
+                                                       options_.learning_rate, epoch, epochs);
+    train_epoch(*optimizer, epoch, epochs, rate);
   }
   result_.training_seconds += watch.seconds();
 }
@@ -215,7 +216,6 @@ void Trainer::train_task(std::vector<optim::ParameterGroup> groups) {
 void Trainer::train_epoch(optim::Optimizer& optimizer, int64_t epoch, int64_t epochs,
                           double learning_rate) {
   const Stopwatch watch;
-  optimizer.set_learning_rate(learning_rate);
   const std::vector<int64_t> images = images_of(train_images_, info_.n_old, info_.n_new);
   const at::Tensor order =
       random_->permutation({"order", info_.index, epoch}, static_cast<int64_t>(images.size()));

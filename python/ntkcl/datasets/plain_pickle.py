@@ -2,7 +2,7 @@
 
 Published data sets come as pickles, and `pickle.load` calls whatever a file asks for. Here an own
 small interpreter knows the opcodes that build numbers, strings, lists, tuples and dicts, and numpy
-arrays of bytes; anything else is a ValueError.
+arrays of bytes (pickle protocols 0 to 4); anything else is a ValueError.
 """
 
 import pickletools
@@ -70,7 +70,7 @@ class _Reader:
             self._step(opcode.name, argument)
         if len(self.stack) != 1:
             raise ValueError(f"expected one object, got {len(self.stack)}")
-        return _finished(self.stack[0])
+        return _finished(self.stack[0], {})
 
     def _step(self, name: str, argument: Any) -> None:
         if name in _SCALARS:
@@ -159,19 +159,23 @@ def _reduced(function: Any, arguments: Any) -> Any:
     raise ValueError("expected plain data, got a call")
 
 
-def _finished(value: Any) -> Any:
-    """The value with its arrays in place."""
+def _finished(value: Any, done: dict[int, Any]) -> Any:
+    """The value with its arrays in place; what is shared stays shared (`done` goes by identity)."""
+    if id(value) in done:
+        return done[id(value)]
+    result = value
     if isinstance(value, _Array):
         if value.value is None:
             raise ValueError("expected an array with content, got none")
-        return value.value
-    if isinstance(value, dict):
-        return {_finished(key): _finished(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_finished(item) for item in value)
-    if isinstance(value, _Name | _Dtype):
+        result = value.value
+    elif isinstance(value, dict):
+        result = {_finished(key, done): _finished(item, done) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        result = type(value)(_finished(item, done) for item in value)
+    elif isinstance(value, _Name | _Dtype):
         raise ValueError(f"expected plain data, got '{value}'")
-    return value
+    done[id(value)] = result
+    return result
 
 
 def loads(data: bytes) -> Any:
