@@ -26,6 +26,9 @@ export NTKCL_WITH_CUDA
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 STAMPS := $(VENV)/stamps
+# An editable install knows its files by name: it is made again when the set of them changes.
+PYTHON_FILES := $(shell find python -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
+INSTALLED := $(STAMPS)/installed-$(PYTHON_FILES)
 PY := $(VENV)/bin/python
 CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -47,7 +50,7 @@ test: setup build lint test-cpp main-job test-python  ## Set everything up and r
 # ---- setting up ----------------------------------------------------------------------------------
 
 .PHONY: setup
-setup: $(STAMPS)/installed  ## Virtual environment, torch, the package (editable) and the tools
+setup: $(INSTALLED)  ## Virtual environment, torch, the package (editable) and the tools
 
 $(STAMPS)/venv: .ci/system_packages.sh
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python"; exit 1; }
@@ -59,7 +62,8 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install "$(TORCH)"
 	touch $@
 
-$(STAMPS)/installed: $(STAMPS)/torch pyproject.toml
+$(INSTALLED): $(STAMPS)/torch pyproject.toml
+	@rm -f $(STAMPS)/installed*
 	$(PY) -m pip install -q "pip>=23.1" "cmake>=3.25" "ninja>=1.10" \
 	  "scikit-build-core>=0.11"
 	@echo "Compiling and installing ntkcl: a few minutes on two cores."
@@ -136,4 +140,4 @@ sanitize: setup  ## Catch2 tests under the address and undefined-behaviour sanit
 
 .PHONY: clean
 clean:  ## Remove build products; the virtual environment stays
-	rm -rf build dist $(STAMPS)/installed
+	rm -rf build dist $(STAMPS)/installed*
