@@ -30,6 +30,7 @@ TINY = {
     "epochs": 1,
     "batch_size": 8,
     "evaluation_batch_size": 16,
+    "device": "cpu",  # what is expected here is computed on it
     "progress": False,
 }
 FUSIONS = ["attention", "concat", "multimodal", "vae", "lstm", "gru", "cross_attention"]
@@ -230,7 +231,7 @@ def test_an_error_of_the_listener_reaches_the_caller() -> None:
 def bare_trainer(method: str, options: dict[str, Any]) -> _C.Trainer:
     """The C++ task loop without configuration and run folder."""
     images = load_dataset(dataset())
-    loop = {"initial_classes": 2, "increment": 2, "epochs": 1, "batch_size": 8}
+    loop = {"initial_classes": 2, "increment": 2, "epochs": 1, "batch_size": 8, "device": "cpu"}
     return _C.Trainer(
         method,
         options,
