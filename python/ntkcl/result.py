@@ -42,7 +42,7 @@ class Result:
     `accuracy_matrix[i, j]` is the accuracy on task j after task i, NaN for j > i.
     `final_accuracy` is A_T over all test images, `average_accuracy` the mean of A_1 ... A_T; the
     `*_task_mean` weigh tasks equally. `forgetting` is the mean over earlier tasks of best minus
-    final accuracy, `backward_transfer` of final accuracy minus that right after the task (both NaN
+    final accuracy, `backward_transfer` of final accuracy minus that right after the task (both 0
     with one task).
     """
 
