@@ -2,6 +2,7 @@
 #
 #   NTKCL_JOBS=2          compiler processes at a time
 #   NTKCL_WITH_CUDA=AUTO  CUDA kernels: AUTO (when nvcc and a CUDA torch are found), ON, OFF
+#   NTKCL_PCH=AUTO        precompiled headers: AUTO (where there is no ccache), ON, OFF
 #   PYTHON=python3        the interpreter of the virtual environment (3.11 or newer)
 #   TORCH="torch>=2.11,<3"  what to install where the virtual environment has no torch
 
@@ -16,6 +17,7 @@ TORCH ?= torch>=2.11,<3
 WERROR ?= ON
 NTKCL_JOBS ?= 2
 NTKCL_WITH_CUDA ?= AUTO
+NTKCL_PCH ?= AUTO
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
@@ -24,6 +26,9 @@ export NTKCL_WITH_CUDA
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 STAMPS := $(VENV)/stamps
+# An editable install knows its files by name: it is made again when the set of them changes.
+PYTHON_FILES := $(shell find python -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
+INSTALLED := $(STAMPS)/installed-$(PYTHON_FILES)
 PY := $(VENV)/bin/python
 CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -45,7 +50,7 @@ test: setup build lint test-cpp main-job test-python  ## Set everything up and r
 # ---- setting up ----------------------------------------------------------------------------------
 
 .PHONY: setup
-setup: $(STAMPS)/installed  ## Virtual environment, torch, the package (editable) and the tools
+setup: $(INSTALLED)  ## Virtual environment, torch, the package (editable) and the tools
 
 $(STAMPS)/venv: .ci/system_packages.sh
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python"; exit 1; }
@@ -57,19 +62,22 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install "$(TORCH)"
 	touch $@
 
-$(STAMPS)/installed: $(STAMPS)/torch pyproject.toml
+$(INSTALLED): $(STAMPS)/torch pyproject.toml
+	@rm -f $(STAMPS)/installed*
 	$(PY) -m pip install -q "pip>=23.1" "cmake>=3.25" "ninja>=1.10" \
 	  "scikit-build-core>=0.11"
 	@echo "Compiling and installing ntkcl: a few minutes on two cores."
 	$(PY) -m pip install -q --no-build-isolation -Cbuild-dir=$(BUILD) \
-	  -Ccmake.define.NTKCL_BUILD_TESTS=ON -Ccmake.define.NTKCL_WERROR=$(WERROR) -e ".[dev]"
+	  -Ccmake.define.NTKCL_BUILD_TESTS=ON -Ccmake.define.NTKCL_WERROR=$(WERROR) \
+	  -Ccmake.define.NTKCL_PCH=$(NTKCL_PCH) -e ".[dev]"
 	touch $@
 
 # ---- the daily loop ------------------------------------------------------------------------------
 
 .PHONY: build
 build: setup  ## Compile what changed and put it where the installed package is
-	cmake -S . -B $(BUILD) -DNTKCL_WERROR=$(WERROR) -DNTKCL_WITH_CUDA=$(NTKCL_WITH_CUDA) > $(BUILD)/configure.log \
+	cmake -S . -B $(BUILD) -DNTKCL_WERROR=$(WERROR) -DNTKCL_PCH=$(NTKCL_PCH) \
+	  -DNTKCL_WITH_CUDA=$(NTKCL_WITH_CUDA) > $(BUILD)/configure.log \
 	  || { cat $(BUILD)/configure.log; exit 1; }
 	cmake --build $(BUILD)
 	cmake --install $(BUILD) --component python --strip \
@@ -103,8 +111,9 @@ format: setup  ## Rewrite the sources as `make lint` wants them
 	ruff check --fix .
 
 .PHONY: stubs
-stubs: build/stubs/ntkcl/_C.pyi  ## Write the type stubs of the bindings, python/ntkcl/_C.pyi
+stubs: build/stubs/ntkcl/_C.pyi  ## Write what is made from the bindings: type stubs, docs/configuration.md
 	cp $< python/ntkcl/_C.pyi
+	$(PY) -m ntkcl.reference > docs/configuration.md
 
 # The values of this build are left out: they differ from machine to machine.
 .PHONY: build/stubs/ntkcl/_C.pyi
@@ -131,4 +140,4 @@ sanitize: setup  ## Catch2 tests under the address and undefined-behaviour sanit
 
 .PHONY: clean
 clean:  ## Remove build products; the virtual environment stays
-	rm -rf build dist $(STAMPS)/installed
+	rm -rf build dist $(STAMPS)/installed*

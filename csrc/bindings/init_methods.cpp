@@ -139,11 +139,8 @@ std::unique_ptr<methods::RandomSource> recorded_random(uint64_t seed, py::functi
 
 TensorDict method_state(methods::Method& method) {
   TensorDict state;
-  method.visit_state([&](const std::string& name, at::Tensor& tensor) {
-    if (tensor.defined()) {
-      state[name] = tensor.detach().clone();
-    }
-  });
+  method.visit_state(
+      [&](const std::string& name, at::Tensor& tensor) { state[name] = tensor.detach().clone(); });
   return state;
 }
 
@@ -154,11 +151,11 @@ void load_method_state(methods::Method& method, TensorDict state) {
       return;
     }
     const at::Tensor value = found->second;
-    if (tensor.defined() && tensor.sizes() == value.sizes()) {
+    if (tensor.sizes() == value.sizes()) {
       const at::NoGradGuard no_grad;
       tensor.copy_(value);
     } else {
-      tensor = value.to(tensor.options()).clone();
+      tensor = value.to(tensor.options(), /*non_blocking=*/false, /*copy=*/true);
     }
     state.erase(found);
   });
@@ -179,7 +176,8 @@ void init_methods(py::module_& m) {
       .def("step", &MethodSession::step, py::arg("images"), py::arg("labels"),
            py::arg("learning_rate"))
       .def("run_stages", &MethodSession::run_stages)
-      .def("features", &MethodSession::features, py::arg("images"))
+      .def("features", &MethodSession::features, py::arg("images"),
+           py::call_guard<py::gil_scoped_release>())
       .def("scores", &MethodSession::scores, py::arg("images"))
       .def("state", [](MethodSession& s) { return method_state(s.method()); })
       .def(

@@ -149,6 +149,7 @@ void init_train(py::module_& m) {
           },
           py::arg("state"))
       .def("scores", &train::Trainer::scores, py::arg("images"),
+           py::call_guard<py::gil_scoped_release>(),
            "Scores (B, n_seen) of transformed uint8 images (B, 3, S, S).");
 }
 

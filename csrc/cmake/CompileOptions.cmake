@@ -18,6 +18,16 @@ if(NTKCL_CCACHE)
   set(CMAKE_CUDA_COMPILER_LAUNCHER ${NTKCL_CCACHE})
 endif()
 
+# ATen's headers are most of a file's compile time. Precompiled they cost 1 s a file instead of 6,
+# but 400 MB of disk, and ccache would be of no use.
+set(NTKCL_HAS_PCH ${NTKCL_PCH})
+if(NTKCL_PCH STREQUAL "AUTO")
+  set(NTKCL_HAS_PCH ON)
+  if(NTKCL_CCACHE)
+    set(NTKCL_HAS_PCH OFF)
+  endif()
+endif()
+
 add_library(ntkcl_flags INTERFACE)
 target_compile_options(ntkcl_flags INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wno-unused-parameter -ffp-contract=off>

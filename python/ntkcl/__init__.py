@@ -11,7 +11,7 @@ from ntkcl.api import info, list_datasets, list_methods, train
 from ntkcl.backbones import list_backbones
 from ntkcl.config import Config
 from ntkcl.presets import list_presets
-from ntkcl.result import Evaluation, Result
+from ntkcl.result import Evaluation, Result, load_result
 
 __version__: str = _C.__version__
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "list_datasets",
     "list_methods",
     "list_presets",
+    "load_result",
     "train",
 ]

@@ -21,7 +21,7 @@ from ntkcl import _C
 from ntkcl import backbones as _backbones
 from ntkcl import config as _config
 from ntkcl.backbones import Weights, backbone_info, load_backbone
-from ntkcl.config import Config, Normalization, resolve
+from ntkcl.config import ARRAYS, Config, Normalization, resolve
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
 from ntkcl.progress import make_progress
 from ntkcl.result import Result, result_of
@@ -30,7 +30,7 @@ from ntkcl.runfolder import RunFolder
 logger = logging.getLogger("ntkcl")
 
 
-def train(config: str | os.PathLike[str] | None = None, /, **keywords: Any) -> Result:
+def train(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Result:
     """Trains a method on a sequence of tasks, tests it after each, and writes a run folder.
 
     With nothing given it runs the embedded default: NTK-CL on scikit-learn's handwritten digits.
@@ -49,11 +49,16 @@ def train(config: str | os.PathLike[str] | None = None, /, **keywords: Any) -> R
     arrays = keywords.get("dataset")
     if not isinstance(arrays, Mapping):
         return run(resolve(keywords, config))
-    return run(resolve(keywords | {"dataset": _config.ARRAYS}, config), arrays)
+    return run(resolve(keywords | {"dataset": ARRAYS}, config), arrays)
 
 
 def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result:
     """Runs a resolved configuration; `arrays` are the images of dataset "arrays"."""
+    if config.dataset == ARRAYS and arrays is None:
+        raise ValueError(
+            '[config] \'dataset\': expected the arrays {"train": (images, labels), "test": ...}, '
+            "as a file does not hold them, got 'arrays'"
+        )
     folder = RunFolder.reserve(config)
     try:
         dataset = load_dataset(
@@ -69,18 +74,11 @@ def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result:
     except BaseException:
         folder.discard()
         raise
-    with folder, make_progress(config.progress) as progress, _StopSignal() as stop:
-
-        def on_event(event: dict[str, Any]) -> None:
-            folder.record(event)
-            if event["event"] == "warning":
-                logger.warning(event["message"])
-            progress(event)
-
-        raw = trainer.run(on_event, stop)
-        result = result_of(raw, folder.path, config)
-        folder.finish(result, raw)
-    return result
+    try:
+        return _run(config, trainer, folder)
+    except BaseException as error:
+        error.add_note(f"what was finished is in '{folder.path}'")
+        raise
 
 
 def list_methods() -> list[str]:
@@ -107,6 +105,21 @@ def info() -> dict[str, str]:
         "gpu": ", ".join(devices) or "none",
         **{f"built with {key}": str(value) for key, value in _C.build_info.items()},
     }
+
+
+def _run(config: Config, trainer: _C.Trainer, folder: RunFolder) -> Result:
+    with folder, make_progress(config.progress) as progress, _StopSignal() as stop:
+
+        def on_event(event: dict[str, Any]) -> None:
+            folder.record(event)
+            if event["event"] == "warning":
+                logger.warning(event["message"])
+            progress(event)
+
+        raw = trainer.run(on_event, stop)
+        result = result_of(raw, folder.path, config)
+        folder.finish(result, raw)
+    return result
 
 
 def _make_trainer(
@@ -213,7 +226,9 @@ class _StopSignal:
 def _document_train() -> None:
     """Adds every key to the signature and the docstring of `train`, for help() and completion."""
     lines = [train.__doc__ or "", "    Keys:"]
-    parameters = [inspect.Parameter("config", inspect.Parameter.POSITIONAL_ONLY, default=None)]
+    parameters = [
+        inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    ]
     for option in _config.options():
         allowed = f", {option.allowed}" if option.allowed else ""
         lines.append(f"      {option.key} ({option.type}{allowed}): {option.doc}.")

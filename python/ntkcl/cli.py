@@ -41,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.exit(_dispatch(words))
     except KeyboardInterrupt as stop:
-        sys.exit(_fail(str(stop) or "stopped", 130))
+        sys.exit(_fail(stop, 130))
     except FloatingPointError as error:
-        sys.exit(_fail(str(error), 1))
+        sys.exit(_fail(error, 1))
     except _USER_ERRORS as error:
-        sys.exit(_fail(str(error), 2))
+        sys.exit(_fail(error, 2))
 
 
 def _dispatch(words: list[str]) -> int:
@@ -65,7 +65,8 @@ def _dispatch(words: list[str]) -> int:
     return 0
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(error: BaseException, code: int) -> int:
+    message = "; ".join([str(error) or "stopped", *getattr(error, "__notes__", [])])
     print("ntkcl: " + " ".join(message.split()), file=sys.stderr)
     return code
 
@@ -115,7 +116,7 @@ def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
 
 def _check_values(words: Sequence[str], keys: Iterable[str]) -> None:
     """Every key but a list needs a value: tyro would complain in a box of several lines."""
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
         key = _key(word)
         if word.startswith("--") and key in keys and "=" not in word and following[:2] == "--":
             raise ValueError(f"[config] '{key}': expected a value after '{word}', got none")

@@ -223,7 +223,7 @@ def to_toml(config: Config) -> str:
         if parents and parents[0] != section:
             section = parents[0]
             lines += ["", f"[{section}]"]
-        lines += [f"# {option.doc}", f"{key} = {_toml_value(value)}"]
+        lines += [f"# {option.doc}", f"{key} = {toml_value(value)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -393,6 +393,11 @@ def _check_combinations(config: Config) -> None:
             f"got schedule '{config.schedule}'"
         )
     order = config.class_order
+    if order == "seed" and config.seed >= 2**32:
+        raise ValueError(
+            "[config] 'seed': expected less than 2**32 where it permutes the classes "
+            f"(class_order 'seed'), got {config.seed}"
+        )
     if isinstance(order, list) and sorted(order) != list(range(len(order))):
         raise ValueError(
             f"[config] 'class_order': expected each of 0 ... {max(len(order) - 1, 0)} once, "
@@ -450,14 +455,15 @@ def plain_value(value: Any) -> Any:
     return value
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if isinstance(value, dict):
-        inner = ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items())
+        inner = ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items())
         return "{" + inner + "}"
     return repr(value)

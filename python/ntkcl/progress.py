@@ -86,8 +86,7 @@ class Live(Silent):
         self._all = self._progress.add_task("training", total=None, detail="")
         self._now = self._progress.add_task("preparing", total=None, detail="")
         self._tasks = 0
-        self._epochs = ""
-        self._rate = ""
+        self._has_steps = True
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -99,8 +98,8 @@ class Live(Silent):
     def on_run_begin(self, event: Event) -> None:
         self._tasks = event["tasks"]
         # A method without training has no steps: its tasks are counted.
-        total = event["steps"] or self._tasks
-        self._progress.update(self._all, total=total, detail="")
+        self._has_steps = event["steps"] > 0
+        self._progress.update(self._all, total=event["steps"] or self._tasks)
 
     def on_task_begin(self, event: Event) -> None:
         self._progress.update(self._all, description=_task_text(event, self._tasks))
@@ -112,11 +111,11 @@ class Live(Silent):
             description=f"epoch {event['epoch'] + 1}",
             completed=event["step"] + 1,
             total=event["steps"],
-            detail=f"{_loss_text(event['losses'])}{self._rate}",
+            detail=_loss_text(event["losses"]),
         )
 
     def on_epoch(self, event: Event) -> None:
-        self._rate = f"  {event['images_per_second']:.0f} images/s"
+        self._progress.update(self._all, detail=f"{event['images_per_second']:.0f} images/s")
 
     def on_stage(self, event: Event) -> None:
         self._progress.update(
@@ -133,7 +132,7 @@ class Live(Silent):
         )
 
     def on_task_end(self, event: Event) -> None:
-        if self._progress.tasks[0].total == self._tasks:
+        if not self._has_steps:
             self._progress.advance(self._all)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkcl.config import Config
+from ntkcl.config import Config, resolve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +42,7 @@ class Result:
     `accuracy_matrix[i, j]` is the accuracy on task j after task i, NaN for j > i.
     `final_accuracy` is A_T over all test images, `average_accuracy` the mean of A_1 ... A_T; the
     `*_task_mean` weigh tasks equally. `forgetting` is the mean over earlier tasks of best minus
-    final accuracy, `backward_transfer` of final accuracy minus that right after the task (both NaN
+    final accuracy, `backward_transfer` of final accuracy minus that right after the task (both 0
     with one task).
     """
 
@@ -135,6 +137,29 @@ def result_of(raw: Mapping[str, Any], output: Path, config: Config) -> Result:
     return Result(
         **numbers, accuracy_matrix=matrix, evaluations=evaluations, output=output, config=config
     )
+
+
+def load_result(folder: str | os.PathLike[str]) -> Result:
+    """The result of a finished run, read from its folder.
+
+    Raises:
+      FileNotFoundError: no such folder, or its run did not finish.
+    """
+    path = Path(folder).expanduser()
+    file = path / "result.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"[load_result] expected a finished run in '{path}', got no {file}")
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    return result_of(_with_nan(raw), path, resolve(file=path / "config.toml"))
+
+
+def _with_nan(value: Any) -> Any:
+    """result.json has null where a number is undefined."""
+    if value is None:
+        return math.nan
+    if isinstance(value, dict):
+        return {key: _with_nan(inner) for key, inner in value.items()}
+    return [_with_nan(inner) for inner in value] if isinstance(value, list) else value
 
 
 def percent(value: float) -> str:

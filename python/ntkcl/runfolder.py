@@ -88,6 +88,7 @@ class RunFolder:
 
     def finish(self, result: Result, raw: Mapping[str, Any]) -> None:
         """Writes the result, the trained state, the predictions and the plot."""
+        write_atomically(self.path / "result.json", _json(result.to_dict()))
         self._write_matrix(result.accuracy_matrix.tolist(), len(result.evaluations))
         predictions = {
             f"task_{task}.{name}": tensor
@@ -100,7 +101,6 @@ class RunFolder:
         from ntkcl.report import png
 
         write_atomically(self.path / "accuracy.png", png(result))
-        write_atomically(self.path / "result.json", _json(result.to_dict()))
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-_ROOT = Path(os.environ.get("NTKCL_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
+_ROOT = Path(os.environ.get("NTKCL_GOLDEN_DIR") or Path(__file__).parents[1] / "golden")
 
 
 @dataclass
@@ -29,13 +29,24 @@ class Golden:
         cut = len(prefix)
         return {name[cut:]: t for name, t in self.tensors.items() if name.startswith(prefix)}
 
-    def check(self, name: str, actual: torch.Tensor, relative32: float, absolute32: float = 1e-6):
+    def check(
+        self,
+        name: str,
+        actual: torch.Tensor,
+        relative32: float,
+        absolute32: float = 1e-6,
+        columns: slice = slice(None),
+    ):
         """`actual` is the golden tensor `name`: float64 to 1e-10 of its largest entry (2e-7 where
-        it is stored as F32), float32 to 5 times the README's figure `relative32`."""
+        it is stored as F32), float32 to 5 times the README's figure `relative32`.
+
+        With `columns`, `actual` is those columns alone.
+        """
         expected = self.tensors[name]
         actual = actual.detach()
-        assert actual.numel() == expected.numel(), f"{name}: {actual.shape} {expected.shape}"
         largest = expected.abs().max().item() if expected.numel() else 0.0
+        expected = expected[..., columns]
+        assert actual.numel() == expected.numel(), f"{name}: {actual.shape} {expected.shape}"
         if actual.dtype == torch.float64:
             tolerance = max(largest * (2e-7 if self.stored[name] == "F32" else 1e-10), 1e-13)
         else:
@@ -45,6 +56,13 @@ class Golden:
         assert worst <= tolerance, (
             f"{name}: error {worst:.3e} > {tolerance:.3e} (max {largest:.3e})"
         )
+
+
+def names(method: str, prefix: str) -> list[str]:
+    """The files of a method whose names begin with `prefix`; never none."""
+    found = sorted(path.stem for path in (_ROOT / method).glob(f"{prefix}*.safetensors"))
+    assert found, f"no golden file {prefix}*.safetensors in {_ROOT / method}"
+    return found
 
 
 def load(method: str, name: str) -> Golden:

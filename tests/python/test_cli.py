@@ -129,7 +129,9 @@ def test_a_loss_that_is_not_finite_is_exit_code_1(
 ) -> None:
     trainer.fail_at = 1
     assert run("train", "--progress", "false", "--output", "here") == 1
-    assert capsys.readouterr().err == "ntkcl: [train] loss is nan at step 3\n"
+    assert capsys.readouterr().err == (
+        "ntkcl: [train] loss is nan at step 3; what was finished is in 'here'\n"
+    )
 
 
 def test_ctrl_c_stops_after_the_step_with_exit_code_130_and_keeps_the_log(tmp_path: Path) -> None:
@@ -146,7 +148,9 @@ def test_ctrl_c_stops_after_the_step_with_exit_code_130_and_keeps_the_log(tmp_pa
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert re.search(r"ntkcl: \[train\] stopped after step \d+ of task 0", errors)
+    assert re.search(
+        r"ntkcl: \[train\] stopped after step \d+ of task 0; what was finished is in 'run'", errors
+    )
     assert log.read_text().endswith("}\n")
 
 

@@ -248,6 +248,7 @@ def test_a_value_that_is_not_allowed_says_what_is(keywords: dict[str, Any], expe
     ("keywords", "expected"),
     [
         ({"image_size": 33}, "multiple of the patch size 8 of 'vit_formula_patch8_32', got 33"),
+        ({"seed": 2**32}, "'seed': expected less than 2**32"),
         ({"milestones": [2]}, "expected schedule 'multistep', got schedule 'cosine'"),
         ({"class_order": [0, 0, 2]}, "expected each of 0 ... 2 once, got [0, 0, 2]"),
         ({"method": "simple-cil", "ntk_cl.eta": 0.1}, "'ntk_cl.eta': the method is 'simple-cil'"),

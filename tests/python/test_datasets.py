@@ -326,7 +326,7 @@ def test_digits_split_is_stratified_fixed_and_complete() -> None:
     first = dataset.train.load(0)
     assert first.shape == (8, 8, 3) and (first[..., :1] == first).all() and first.max() > 200
     # The split itself: a change here changes everybody's numbers.
-    assert dataset.manifest_hash == "303d943fbf557c81bbeda3f87c1d816bb89cd510ae231bf1a761f1f2a5030395"
+    assert dataset.manifest_hash.startswith("303d943fbf557c81bbeda3f87c1d816b")
 
 
 # CIFAR-100's python files.
@@ -389,7 +389,8 @@ def test_python_2_pickles_are_read() -> None:
     """The published files: byte strings for text, for keys and for an array's content."""
     content = bytes(range(6))
     array = (
-        b"cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87Rq\x03"
+        b"cnumpy.core.multiarray\n_reconstruct\nq\x01"
+        b"cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87Rq\x03"
         b"(K\x01K\x02K\x03\x86cnumpy\ndtype\nq\x04U\x02u1K\x00K\x01\x87Rq\x05"
         b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
         + struct.pack("<i", len(content)) + content + b"tb"

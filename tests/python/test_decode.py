@@ -102,6 +102,7 @@ FORMATS: dict[str, Callable[[], bytes]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_equals_pillow(kind: str) -> None:
     encoded = FORMATS[kind]()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import golden
+import itertools
+import re
+
 import pytest
 import torch
 
+import golden
 from ntkcl import _C
 
 DTYPES = [torch.float64, torch.float32]
@@ -45,7 +48,8 @@ def release_options(config: dict, **extra) -> dict:
     release = _C.describe_options()["methods"]["ntk-cl"]["variants"]["release"]
     names = {"K": "frozen_lists", "ptm": "pretrained_feature", "r": "rank", "P": "prompt_tokens"}
     names |= {"scale": "channel_scale", "eta": "eta", "upsilon": "upsilon", "lam": "lambda"}
-    names |= {"mode": "mode", "alpha": "alpha", "beta": "beta", "gamma": "gamma"}
+    names |= {"tau": "temperature", "k": "orth_rank", "mode": "mode"}
+    names |= {"alpha": "alpha", "beta": "beta", "gamma": "gamma"}
     given = {names[key]: value for key, value in config.items() if key in names}
     no_dropout = {"adapter_dropout": 0.0, "fusion_dropout": 0.0}
     return release | given | {"prompt_scale": config["scale"]} | no_dropout | extra
@@ -169,7 +173,8 @@ def test_orthogonality(tag, dtype):
     rows = g[f"{tag}.prototypes"].to(dtype)
     n_old = len(rows) - len(g[f"{tag}.head.weight"])
     direction = _C.signed_direction(_C.old_basis(rows[:n_old], g.config["k"]))
-    inputs = {k: g[f"{tag}.features.{k}"].to(dtype, copy=True).requires_grad_() for k in ("channel", "patch")}
+    features = {k: g[f"{tag}.features.{k}"] for k in ("channel", "patch")}
+    inputs = leaves(features, dtype)
     loss = sum(_C.signed_sum(x, direction) for x in inputs.values())
     g.check(f"{tag}.l_orth", loss, LOSS, LOSS_ABSOLUTE)
     loss.backward()
@@ -192,12 +197,16 @@ def is_list(name: str) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["d_step_task0", "d_step_task2"])
+@pytest.mark.parametrize("name", golden.names("ntk_cl", "d_step_"))
 def test_two_steps(name, dtype):
     g = load(name)
     c, depth = g.config, g.config["depth"]
     before = {key: t.to(dtype) for key, t in g.under("before.").items()}
     n_new = len(before["head.weight"])
+    # In task 0 old rows are drawn only where the first task is larger than the increment.
+    drawn = len(g["step0.draws"])
+    increment = c.get("increment", n_new - drawn if c["task"] == 0 else n_new)
+    tasks = max(c["task"] + 2, c["K"])
 
     def draws(purpose, task, step, list_, layer):
         if purpose == "head.weight":
@@ -206,12 +215,12 @@ def test_two_steps(name, dtype):
 
     optimizer = {"momentum": c["momentum"], "weight_decay": c["weight_decay"]}
     session = _C.MethodSession(
-        "ntk-cl", release_options(c), vit(c, dtype), dtype, c["task"] + 2, optimizer, draws
+        "ntk-cl", release_options(c), vit(c, dtype), dtype, tasks, optimizer, draws
     )
     old = {"prototypes": g["prototypes"].to(dtype)[: c["n_old"]]}
     session.load_state({k: t for k, t in before.items() if is_list(k)} | old)
     none = torch.empty(0)
-    session.begin_task(c["task"], c["n_old"], n_new, n_new, c["batch"], none, none.long())
+    session.begin_task(c["task"], c["n_old"], n_new, increment, c["batch"], none, none.long())
     reference = {"head.sigma": before["head.sigma"]}
     weights = ["channel.down", "channel.up", "patch.mix", "patch.norm"]
     weights += ["fusion.query", "fusion.key", "fusion.value"]
@@ -260,7 +269,14 @@ def store(images: torch.Tensor, labels: torch.Tensor):
     return _C.make_array_store(images.permute(0, 2, 3, 1).contiguous(), labels.tolist())
 
 
-def recorded_draws(g: golden.Golden, train_labels: torch.Tensor, per_task: int):
+def class_bounds(g: golden.Golden) -> list[int]:
+    """First class of each task, then the number of classes."""
+    return [0, *(len(g[f"t{task}.prototypes"]) for task in range(g.config["tasks"]))]
+
+
+def recorded_draws(g: golden.Golden, train_labels: torch.Tensor):
+    bounds = class_bounds(g)
+
     def draws(purpose, task, step, list_, layer):
         if purpose == "head.weight":
             return g[f"t{task}.init.head.weight"]
@@ -268,7 +284,8 @@ def recorded_draws(g: golden.Golden, train_labels: torch.Tensor, per_task: int):
             return g[f"t{task}.draws"][step]
         if purpose == "order":
             # Places within the task's images; the file counts from the train set's first image.
-            images = (train_labels // per_task == task).nonzero().flatten()
+            low, high = bounds[task : task + 2]
+            images = ((train_labels >= low) & (train_labels < high)).nonzero().flatten()
             return torch.searchsorted(images, g[f"t{task}.epoch{step}.order"])
         return None
 
@@ -276,19 +293,20 @@ def recorded_draws(g: golden.Golden, train_labels: torch.Tensor, per_task: int):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["e_run_both", "e_run_channel", "e_run_patch", "e_run_both_K2"])
+@pytest.mark.parametrize("name", golden.names("ntk_cl", "e_run_"))
 def test_whole_run(name, dtype):
     g = load(name)
-    c, per_task = g.config, g.config["classes_per_task"]
+    c, bounds = g.config, class_bounds(g)
     data = load(c["data"].removesuffix(".safetensors"))
-    classes = c["tasks"] * per_task
+    classes = bounds[-1]
+    sizes = [high - low for low, high in itertools.pairwise(bounds)]
     parts = {}
     for part in ("train", "test"):
         labels = data[f"{part}_labels"]
         parts[part] = (data[f"{part}_images_u8"][labels < classes], labels[labels < classes])
     train_options = {
-        "initial_classes": per_task,
-        "increment": per_task,
+        "initial_classes": sizes[0],
+        "increment": c.get("increment", sizes[min(1, len(sizes) - 1)]),
         "epochs": c["epochs"],
         "batch_size": c["batch"],
         "learning_rate": c["lr"],
@@ -314,16 +332,15 @@ def test_whole_run(name, dtype):
         {},
         [0.0] * 3,
         [1.0] * 3,
-        draws=recorded_draws(g, parts["train"][1], per_task),
+        draws=recorded_draws(g, parts["train"][1]),
     )
     trainer.load_state({k: t.to(dtype) for k, t in g.under("init.").items()})
     checker = RunChecker(g, trainer, *parts["test"])
     result = trainer.run(on_event=checker)
     assert checker.checked == c["tasks"]
     expected = torch.tensor(c["top1_curve"], dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.tensor([e["top1"] for e in result["evaluations"]], dtype=torch.float64), expected
-    )
+    top1 = torch.tensor([e["top1"] for e in result["evaluations"]], dtype=torch.float64)
+    assert ((top1 - expected).abs() <= torch.tensor(checker.slack) + 1e-9).all()
 
 
 class RunChecker:
@@ -333,6 +350,7 @@ class RunChecker:
         self.g, self.trainer = g, trainer
         self.images, self.labels = test_images, test_labels
         self.losses: list[list[float]] = []
+        self.slack: list[float] = []  # % of images a float32 run may predict otherwise, by task
         self.checked = 0
 
     def __call__(self, event: dict):
@@ -355,40 +373,50 @@ class RunChecker:
         for column, name in enumerate(c["loss_columns"]):
             # In single modes the other columns are what the release computes and ignores.
             if c["mode"] == "both" or name in (f"ce_{c['mode']}", "total", "lr"):
-                key = f"t{task}.losses"
-                self.g.tensors[f"{key}.{name}"] = self.g[key][:, column]
-                self.g.stored[f"{key}.{name}"] = self.g.stored[key]
-                self.g.check(f"{key}.{name}", self.dtype(losses[:, column]), LOSS, LOSS_ABSOLUTE)
+                self.g.check(
+                    f"t{task}.losses",
+                    self.dtype(losses[:, column]),
+                    LOSS,
+                    LOSS_ABSOLUTE,
+                    slice(column, column + 1),
+                )
         state = self.trainer.state()
         for key in self.g.under(f"t{task}.end."):
             self.g.check(f"t{task}.end.{key}", state[key], RUN)
 
     def check_evaluation(self, task: int, top1: float):
-        g, c = self.g, self.g.config
+        g = self.g
         state = self.trainer.state()
         for key in g.under(f"t{task}.ema."):
             g.check(f"t{task}.ema.{key}", state[key], RUN)
-        g.check(f"t{task}.prototypes", state["prototypes"], max(PROTOTYPE, RUN))
-        seen = self.labels < (task + 1) * c["classes_per_task"]
+        g.check(f"t{task}.prototypes", state["prototypes"], PROTOTYPE)
+        seen = self.labels < len(g[f"t{task}.prototypes"])
         scores = self.trainer.scores(self.images[seen])
         g.check(f"t{task}.scores", scores, 0, 5 * SCORE + 1e-6)
-        best = g[f"t{task}.scores"].topk(2).values
-        clear = best[:, 0] - best[:, 1] > 1e-5
+        best = g[f"t{task}.scores"].topk(min(2, scores.shape[1])).values
+        clear = best[:, 0] - best[:, -1] > (1e-5 if scores.shape[1] > 1 else -1)
+        exact = scores.dtype == torch.float64
+        self.slack.append(0.0 if exact else 100 * (~clear).double().mean().item())
         assert torch.equal(scores.argmax(1)[clear], g[f"t{task}.pred"][clear])
-        g.check(f"t{task}.top1", torch.tensor([top1], dtype=torch.float64), 0)
+        assert abs(top1 - g[f"t{task}.top1"].item()) <= self.slack[-1] + 1e-9
         self.checked += 1
 
 
 # ---- f: features and scores ----
 
 
+def score_cases() -> list[str]:
+    return sorted(n.split(".")[0] for n in load("f_features_scores").tensors if ".F_c" in n)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["K1_ptm0", "K1_ptm1", "K2_ptm0", "K2_ptm1"])
+@pytest.mark.parametrize("case", score_cases())
 def test_features_and_scores(case, dtype):
     g = load("f_features_scores")
-    k, ptm = int(case[1]), case.endswith("1")
+    k, ptm = (int(number) for number in re.fullmatch(r"K(\d+)_ptm([01])", case).groups())
     # The features do not depend on the fusion; `concat` asks nothing of the width.
-    options = release_options(g.config, frozen_lists=k, pretrained_feature=ptm, fusion="concat")
+    lists_of = {"frozen_lists": k, "pretrained_feature": bool(ptm)}
+    options = release_options(g.config, fusion="concat", **lists_of)
     session = _C.MethodSession("ntk-cl", options, vit(g.config, dtype), dtype, tasks=max(k, 2))
     lists = ("channel.", "patch.", *(f"pre{i}." for i in range(1, k + 1)))
     state = {n: t.to(dtype) for n, t in g.tensors.items() if n.startswith(lists)}

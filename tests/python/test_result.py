@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 import fake_core
-from ntkcl import Result
+import ntkcl
+from ntkcl import _C, Result
 from ntkcl.config import resolve
 from ntkcl.progress import result_table
 from ntkcl.report import accuracy_figure, png
@@ -96,6 +97,21 @@ def test_one_task_has_no_forgetting(result: Result) -> None:
     single = result_of(raw, Path("x"), result.config)
     assert "forgetting -," in repr(single)
     assert png(single).startswith(b"\x89PNG")
+
+
+def test_it_can_be_read_back_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_C, "Trainer", fake_core.FakeTrainer)
+    result = ntkcl.train(output=tmp_path / "run", progress=False, epochs=7)
+    again = ntkcl.load_result(tmp_path / "run")
+    assert (again.config, again.output) == (result.config, result.output)
+    assert repr(again.to_dict()) == repr(result.to_dict())
+    assert repr(again.evaluations) == repr(result.evaluations)
+    np.testing.assert_array_equal(again.accuracy_matrix, result.accuracy_matrix)
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(FileNotFoundError, match="expected a finished run"):
+        ntkcl.load_result(tmp_path / "run")
 
 
 def test_percent() -> None:

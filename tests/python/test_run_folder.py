@@ -1,6 +1,7 @@
 """The run folder: written whole or not at all, never over another run, and what was finished stays
 when a run fails. Where a test says when to fail, the task loop is a stand-in."""
 
+import inspect
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 import fake_core
 import ntkcl
 from ntkcl import _C
-from ntkcl.config import resolve
+from ntkcl.config import options, resolve
 from ntkcl.runfolder import RunFolder, write_atomically
 
 FILES = {
@@ -120,9 +121,25 @@ def test_a_stored_configuration_starts_the_same_run_in_a_new_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     first = ntkcl.train(progress=False, epochs=2)
-    second = ntkcl.train(first.output / "config.toml")
+    second = ntkcl.train(config=first.output / "config.toml")
     assert second.config == first.config
     assert second.output != first.output
+
+
+def test_arrays_in_memory_are_trained_on(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat(["ant", "bee", "cat", "dog"], 4)
+    images = random.integers(0, 256, (16, 8, 8, 3), np.uint8)
+    arrays = {"train": (images, labels), "test": (images[::2], labels[::2])}
+    keywords = {"epochs": 1, "initial_classes": 2, "increment": 2, "transform": "resize"}
+    result = train(tmp_path / "run", dataset=arrays, class_order=[3, 2, 1, 0], **keywords)
+    assert [evaluation.count for evaluation in result.evaluations] == [4, 8]
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["classes"] == ["dog", "cat", "bee", "ant"]
+    with pytest.raises(ValueError, match=r"'dataset': expected the arrays.*does not hold them"):
+        ntkcl.train(tmp_path / "run" / "config.toml", output=tmp_path / "again")
+    again = ntkcl.train(tmp_path / "run" / "config.toml", dataset=arrays, output=tmp_path / "again")
+    assert again.accuracy == result.accuracy
 
 
 # ---- refused before any work ---------------------------------------------------------------------
@@ -188,6 +205,28 @@ def test_a_failing_run_keeps_what_was_finished(
     np.testing.assert_array_equal(matrix, [[90, math.nan, math.nan], [87.5, 90, math.nan]])
     with pytest.raises(ValueError, match="holds a run"):
         train(output)
+
+
+def test_an_error_while_writing_stops_the_real_core_and_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: RunFolder, event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "record", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        train(tmp_path / "run", train_per_class=2, test_per_class=1, epochs=1)
+    assert caught.value.__notes__ == [f"what was finished is in '{tmp_path / 'run'}'"]
+
+
+def test_help_lists_every_key() -> None:
+    signature = inspect.signature(ntkcl.train)
+    for option in options():
+        name, *_ = option.key.split(".")
+        assert name in signature.parameters, option.key
+        assert f"{option.key} ({option.type}" in (ntkcl.train.__doc__ or "")
+    assert signature.parameters["epochs"].default == 20
 
 
 def test_events_are_on_the_disk_when_they_happen(

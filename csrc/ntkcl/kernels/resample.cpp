@@ -27,6 +27,11 @@ double bicubic(double x) {
   return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * a : 0.0;
 }
 
+// Pillow's rounding of a position, by truncation.
+int64_t rounded(double position) {
+  return static_cast<int64_t>(position + 0.5);  // NOLINT(bugprone-incorrect-roundings)
+}
+
 int32_t fixed_point(double weight) {
   const double scaled = weight * (1 << kFractionBits);
   return static_cast<int32_t>(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
@@ -64,8 +69,8 @@ Axis make_axis(int64_t in_size, float low, float high, int64_t out_size, Filter 
   std::vector<double> exact(axis.stride);
   for (int64_t i = 0; i < n; ++i) {
     const double center = low + (static_cast<double>(begin + i) + 0.5) * scale;
-    const auto first = std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
-    const auto last = std::min<int64_t>(static_cast<int64_t>(center + support + 0.5), in_size);
+    const auto first = std::max<int64_t>(rounded(center - support), 0);
+    const auto last = std::min(rounded(center + support), in_size);
     double sum = 0.0;
     for (int64_t x = first; x < last; ++x) {
       const double at = (static_cast<double>(x) - center + 0.5) * inverse;

@@ -57,8 +57,9 @@ class Method {
  public:
   virtual ~Method() = default;
 
-  // New heads, bases, features of the old model. Returns what is trained in this task; an empty
-  // list means that the task needs no training.
+  // Whether this task has training steps at all.
+  virtual bool trains(const TaskInfo&) const { return true; }
+  // New heads, bases, features of the old model. Returns what is trained; empty if nothing is.
   virtual std::vector<optim::ParameterGroup> before_task(TaskServices& services) = 0;
   // Fills .grad of the trained parameters, which come without gradients. One left undefined is
   // zero.

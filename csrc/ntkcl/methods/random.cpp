@@ -25,6 +25,13 @@ at::Tensor shuffled(PhiloxStream stream, int64_t n, int64_t k) {
   return order.narrow(0, 0, k);
 }
 
+// A recorded draw has the shape of the draw that it replaces.
+const at::Tensor& checked(const at::Tensor& given, const Draw& draw, at::IntArrayRef sizes) {
+  NTKCL_CHECK(given.sizes() == sizes, draw.purpose, "expected a recorded draw of shape ", sizes,
+              ", got ", given.sizes());
+  return given;
+}
+
 template <class NextFn>
 at::Tensor filled(at::IntArrayRef sizes, const at::TensorOptions& options, NextFn next) {
   at::Tensor values = at::empty(sizes, at::kDouble);
@@ -51,7 +58,7 @@ uint64_t RandomSource::key(const Draw& draw) const {
 at::Tensor RandomSource::uniform(const Draw& draw, at::IntArrayRef sizes, double low, double high,
                                  const at::TensorOptions& options) {
   if (auto given = recorded(draw)) {
-    return given->to(options);
+    return checked(*given, draw, sizes).to(options, /*non_blocking=*/false, /*copy=*/true);
   }
   PhiloxStream stream(key(draw));
   return filled(sizes, options, [&] { return low + (high - low) * stream.uniform(); });
@@ -60,7 +67,7 @@ at::Tensor RandomSource::uniform(const Draw& draw, at::IntArrayRef sizes, double
 at::Tensor RandomSource::normal(const Draw& draw, at::IntArrayRef sizes,
                                 const at::TensorOptions& options) {
   if (auto given = recorded(draw)) {
-    return given->to(options);
+    return checked(*given, draw, sizes).to(options, /*non_blocking=*/false, /*copy=*/true);
   }
   PhiloxStream stream(key(draw));
   return filled(sizes, options, [&] {  // Box-Muller; 1 - u is never 0
@@ -76,7 +83,10 @@ at::Tensor RandomSource::permutation(const Draw& draw, int64_t n) {
 at::Tensor RandomSource::choice(const Draw& draw, int64_t n, int64_t k) {
   NTKCL_ASSERT(0 <= k && k <= n);
   if (auto given = recorded(draw)) {
-    return *given;
+    const at::Tensor values = checked(*given, draw, {k}).to(at::kCPU, at::kLong).contiguous();
+    NTKCL_CHECK(k == 0 || (values.min().item<int64_t>() >= 0 && values.max().item<int64_t>() < n),
+                draw.purpose, "expected recorded draws in 0 .. ", n - 1);
+    return values;
   }
   return shuffled(PhiloxStream(key(draw)), n, k);
 }
@@ -88,7 +98,7 @@ at::Tensor RandomSource::dropout_key(const Draw& draw) {
 at::Tensor RandomSource::keep_mask(const Draw& draw, at::IntArrayRef sizes, double p,
                                    at::Device device) {
   if (auto given = recorded(draw)) {
-    return given->to(device);
+    return checked(*given, draw, sizes).to(device);
   }
   return ops::philox_keep_mask(dropout_key(draw).to(device), sizes, p);
 }

@@ -21,6 +21,15 @@ std::vector<at::Tensor> AdapterList::weights() const {
   return {down_weight, up_weight};
 }
 
+void visit_block(const std::string& name, const at::Tensor& stacked, int64_t block,
+                 const NamedTensorFn& fn) {
+  at::Tensor slice = stacked.detach().select(0, block);
+  const auto sizes = slice.sizes().vec();
+  fn(name, slice);
+  NTKCL_CHECK(slice.sizes() == at::IntArrayRef(sizes), "state", name, ": expected ",
+              at::IntArrayRef(sizes), ", got ", slice.sizes());
+}
+
 void AdapterList::visit(const std::string& prefix, const NamedTensorFn& fn) {
   for (int64_t l = 0; l < down_weight.size(0); ++l) {
     const std::string block = prefix + std::to_string(l) + ".";
@@ -29,8 +38,7 @@ void AdapterList::visit(const std::string& prefix, const NamedTensorFn& fn) {
           {"down.bias", down_bias},
           {"up.weight", up_weight},
           {"up.bias", up_bias}}) {
-      at::Tensor slice = stacked.detach().select(0, l);
-      fn(block + name, slice);
+      visit_block(block + name, stacked, l, fn);
     }
   }
 }

@@ -6,6 +6,7 @@
 
 namespace ntkcl::nn {
 
+// Told a tensor by name. It may copy into a view; ValueError if it puts another shape in its place.
 using NamedTensorFn = std::function<void(const std::string& name, at::Tensor& tensor)>;
 
 // Dropout of one layer's hidden units: a mask (1 = keep), or a key of the counter generator, or
@@ -15,6 +16,10 @@ struct Dropout {
   at::Tensor mask{};  // uint8, the shape of what is dropped
   at::Tensor key{};   // int64 scalar
 };
+
+// Tells `fn` block `block` of a stacked tensor, as a view.
+void visit_block(const std::string& name, const at::Tensor& stacked, int64_t block,
+                 const NamedTensorFn& fn);
 
 // One adapter per block, parallel to the MLP (NTK-CL section 2, "channel"; RAA section 2.1):
 //
@@ -34,7 +39,7 @@ struct AdapterList {
   std::vector<at::Tensor> tensors() const;
   // The weight matrices, which a regulariser pulls.
   std::vector<at::Tensor> weights() const;
-  // Each block's tensors, as views, under `prefix` + "{block}.down.weight" and so on.
+  // Each block's tensors, as views that `fn` may copy into, under `prefix` + "{block}.down.weight" and so on.
   void visit(const std::string& prefix, const NamedTensorFn& fn);
 };
 

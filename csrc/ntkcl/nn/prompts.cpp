@@ -67,8 +67,7 @@ void PromptList::visit(const std::string& prefix, const NamedTensorFn& fn) {
           {"norm.bias", norm_bias},
           {"gate", gate}}) {
       if (stacked.defined()) {
-        at::Tensor slice = stacked.detach().select(0, l);
-        fn(block + name, slice);
+        visit_block(block + name, stacked, l, fn);
       }
     }
   }

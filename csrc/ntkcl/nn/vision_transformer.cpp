@@ -27,6 +27,19 @@ at::Tensor without_prompts(const at::Tensor& x, int64_t prompts) {  // tokens on
   return at::cat({x.narrow(2, 0, 1), x.narrow(2, 1 + prompts, x.size(2) - 1 - prompts)}, 2);
 }
 
+// softmax(q k^T / sqrt(d)) v, over (B, H, T, d). Torch's fused CPU kernel multiplies tile by tile,
+// which is slow where "medium" sends each small product to oneDNN: there, two large products.
+at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
+  const bool onednn =
+      query.is_cpu() && query.scalar_type() == at::kFloat &&
+      at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM;
+  if (!onednn) {
+    return at::scaled_dot_product_attention(query, key, value);
+  }
+  const double scale = 1.0 / std::sqrt(static_cast<double>(query.size(-1)));
+  return at::matmul(at::softmax(at::matmul(query * scale, key.transpose(-2, -1)), -1), value);
+}
+
 const at::Tensor& need(const TensorMap& weights, const std::string& name) {
   const auto found = weights.find(name);
   NTKCL_CHECK(found != weights.end(), kWhere, "expected the key '", name,
@@ -221,13 +234,11 @@ at::Tensor VisionTransformer::attention(int64_t block, const at::Tensor& x,
   at::Tensor mixed;
   if (options.prompt_gate.defined() && options.prompts > 0) {
     const int64_t p = options.prompts;
-    mixed =
-        at::scaled_dot_product_attention(query, without_prompts(key, p), without_prompts(value, p));
-    const at::Tensor from_prompts =
-        at::scaled_dot_product_attention(query, key.narrow(2, 1, p), value.narrow(2, 1, p));
+    mixed = attend(query, without_prompts(key, p), without_prompts(value, p));
+    const at::Tensor from_prompts = attend(query, key.narrow(2, 1, p), value.narrow(2, 1, p));
     mixed = mixed + options.prompt_gate.view({1, heads_, 1, 1}) * from_prompts;
   } else {
-    mixed = at::scaled_dot_product_attention(query, key, value);
+    mixed = attend(query, key, value);
   }
   mixed = mixed.transpose(1, 2).reshape({x.size(0), -1, c});
   const at::Tensor residual = options.class_token_only ? x.narrow(1, 0, 1) : x;

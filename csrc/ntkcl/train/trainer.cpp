@@ -77,16 +77,21 @@ Trainer::Trainer(const std::string& method, const OptionMap& method_options, Tra
   if (!random_) {
     random_ = std::make_unique<methods::RandomSource>(static_cast<uint64_t>(options_.seed));
   }
+  check_data();
   if (options_.validation_fraction > 0) {
     hold_out();
   }
-  check_data();
   NTKCL_CHECK(data_.transform.image_size == vit_.image_size(), "image_size",
               "expected the backbone's ", vit_.image_size(), ", got ", data_.transform.image_size);
   mean_ = channel_constant(data_.mean, "mean", vit_.options());
   std_ = channel_constant(data_.std, "std", vit_.options());
   NTKCL_CHECK(std_.gt(0).all().item<bool>(), "normalize", "'std': expected positive numbers");
 
+  NTKCL_CHECK(options_.schedule.kind != "cosine" ||
+                  options_.schedule.min_learning_rate <= options_.learning_rate,
+              "train", "'min_learning_rate': expected at most the learning rate ",
+              options_.learning_rate, ", got ", options_.schedule.min_learning_rate);
+  data_.loader.pin_memory = device_.is_cuda();
   const data::Transform transform(data_.transform);
   train_loader_ = std::make_unique<data::Loader>(data_.train, transform, data_.loader);
   test_loader_ = std::make_unique<data::Loader>(test_store_, transform, data_.loader);
@@ -132,6 +137,8 @@ void Trainer::check_data() const {
 }
 
 RunResult Trainer::run(const EventFn& listen, const std::function<bool()>& should_stop) {
+  NTKCL_CHECK(!started_, "train", "expected a new trainer: this one has run already");
+  started_ = true;
   const ComputeScope scope(options_, device_);
   const Stopwatch watch;
   listen_ = listen;
@@ -160,17 +167,24 @@ RunResult Trainer::run(const EventFn& listen, const std::function<bool()>& shoul
 
 void Trainer::run_task() {
   const Stopwatch watch;
+  step_ = 0;
   const auto first = data_.class_order.begin() + info_.n_old;
+  auto groups = method_->before_task(*this);
   emit("task_begin",
        {{"task", info_.index},
         {"classes", std::vector<int64_t>(first, first + info_.n_new)},
         {"train_images",
          static_cast<int64_t>(images_of(train_images_, info_.n_old, info_.n_new).size())},
         {"steps", steps_of(info_.index)}});
-  train_task(method_->before_task(*this));
+  train_task(std::move(groups));
   for (const std::string& stage : method_->stages(info_)) {
     check_stop();
-    method_->run_stage(stage, *this);
+    try {
+      method_->run_stage(stage, *this);
+    } catch (const NumericalError& error) {  // what the last step left is not finite
+      NTKCL_FAIL(NumericalError, "train", "after step ", step_ - 1, " of task ", info_.index, ": ",
+                 error.what());
+    }
   }
   evaluate();
   emit("task_end", {{"task", info_.index}, {"seconds", watch.seconds()}});
@@ -183,6 +197,9 @@ int64_t Trainer::epochs_of(int64_t task) const {
 }
 
 int64_t Trainer::steps_of(int64_t task) const {
+  if (!method_->trains({.index = task, .count = info_.count})) {
+    return 0;
+  }
   const auto first = task_sizes_.begin();
   const int64_t before = std::accumulate(first, first + task, int64_t{0});
   const auto images = static_cast<int64_t>(
@@ -204,10 +221,10 @@ void Trainer::train_task(std::vector<optim::ParameterGroup> groups) {
   const Stopwatch watch;
   const auto optimizer = optim::make_optimizer(options_.optimizer, std::move(groups));
   const int64_t epochs = epochs_of(info_.index);
-  step_ = 0;
   for (int64_t epoch = 0; epoch < epochs; ++epoch) {
-    train_epoch(*optimizer, epoch, epochs,
-                optim::learning_rate_at(options_.schedule, options_.learning_rate, epoch, epochs));
+    const double rate = optim::schedule_learning_rates(*optimizer, options_.schedule,
+                                                       options_.learning_rate, epoch, epochs);
+    train_epoch(*optimizer, epoch, epochs, rate);
   }
   result_.training_seconds += watch.seconds();
 }
@@ -215,7 +232,6 @@ void Trainer::train_task(std::vector<optim::ParameterGroup> groups) {
 void Trainer::train_epoch(optim::Optimizer& optimizer, int64_t epoch, int64_t epochs,
                           double learning_rate) {
   const Stopwatch watch;
-  optimizer.set_learning_rate(learning_rate);
   const std::vector<int64_t> images = images_of(train_images_, info_.n_old, info_.n_new);
   const at::Tensor order =
       random_->permutation({"order", info_.index, epoch}, static_cast<int64_t>(images.size()));
@@ -231,9 +247,11 @@ void Trainer::train_epoch(optim::Optimizer& optimizer, int64_t epoch, int64_t ep
   const int64_t steps = steps_of(info_.index);
   while (train_loader_->next(loaded)) {
     const methods::Batch batch = to_device(loaded, *data_.train);
-    methods::Losses losses;
+    std::map<std::string, double> losses;
     optimizer.step([&](int pass) {
-      methods::Losses of_pass = method_->gradients(batch, {.step = step_, .pass = pass}, *this);
+      // Checked before the optimiser moves anything.
+      auto of_pass = finite(method_->gradients(batch, {.step = step_, .pass = pass}, *this), epoch,
+                            learning_rate);
       if (pass == 0) {
         losses = std::move(of_pass);
       }
@@ -256,18 +274,30 @@ void Trainer::train_epoch(optim::Optimizer& optimizer, int64_t epoch, int64_t ep
                  {"images_per_second", static_cast<double>(seen) / watch.seconds()}});
 }
 
-void Trainer::report_step(const methods::Losses& losses, int64_t epoch, int64_t steps,
-                          int64_t images, double learning_rate) {
-  std::map<std::string, double> values;
+std::map<std::string, double> Trainer::finite(const methods::Losses& losses, int64_t epoch,
+                                              double learning_rate) const {
+  std::vector<at::Tensor> scalars;
   for (const auto& [name, tensor] : losses) {
-    const double value = tensor.item<double>();
-    values[name] = value;
-    epoch_losses_[name] += value * static_cast<double>(images);
+    scalars.push_back(tensor.to(at::kDouble));
+  }
+  const at::Tensor host = at::stack(scalars).cpu();  // one copy a step, not one a loss
+  std::map<std::string, double> values;
+  for (size_t i = 0; i < losses.size(); ++i) {
+    const double value = host.const_data_ptr<double>()[i];
+    values[losses[i].first] = value;
     if (!std::isfinite(value)) {
-      NTKCL_FAIL(NumericalError, "train", "the loss '", name, "' is ", value, " at step ",
-                 step_ - 1, " of task ", info_.index, " (epoch ", epoch,
+      NTKCL_FAIL(NumericalError, "train", "the loss '", losses[i].first, "' is ", value,
+                 " at step ", step_, " of task ", info_.index, " (epoch ", epoch,
                  "); a smaller learning rate than ", learning_rate, " may help");
     }
+  }
+  return values;
+}
+
+void Trainer::report_step(const std::map<std::string, double>& losses, int64_t epoch, int64_t steps,
+                          int64_t images, double learning_rate) {
+  for (const auto& [name, value] : losses) {
+    epoch_losses_[name] += value * static_cast<double>(images);
   }
   emit("step", {{"task", info_.index},
                 {"epoch", epoch},
@@ -275,7 +305,7 @@ void Trainer::report_step(const methods::Losses& losses, int64_t epoch, int64_t 
                 {"steps", steps},
                 {"images", images},
                 {"learning_rate", learning_rate},
-                {"losses", values}});
+                {"losses", losses}});
 }
 
 // ---- Test views ----
@@ -322,6 +352,8 @@ void Trainer::evaluate() {
 }
 
 at::Tensor Trainer::scores(const at::Tensor& images) const {
+  NTKCL_CHECK(images.scalar_type() == at::kByte, "scores", "expected uint8 images, got ",
+              images.scalar_type());
   return method_->scores(normalised(images));
 }
 
@@ -362,7 +394,7 @@ void Trainer::emit(std::string name, std::vector<std::pair<std::string, EventVal
 
 void Trainer::check_stop() const {
   if (should_stop_ && should_stop_()) {
-    NTKCL_FAIL(Interrupted, "train", "stopped after step ", step_, " of task ", info_.index);
+    NTKCL_FAIL(Interrupted, "train", "stopped after ", step_, " steps of task ", info_.index);
   }
 }
 

@@ -41,7 +41,8 @@ class Trainer : private methods::TaskServices {
   ~Trainer() override;
 
   // Runs all tasks. `listen` hears every event; `should_stop` is asked after every step, and true
-  // ends the run with Interrupted. A loss that is not finite ends it with NumericalError.
+  // ends the run with Interrupted. A loss that is not finite ends it with NumericalError. A trainer
+  // runs once.
   RunResult run(const EventFn& listen, const std::function<bool()>& should_stop);
 
   methods::Method& method() { return *method_; }
@@ -59,8 +60,11 @@ class Trainer : private methods::TaskServices {
   void train_task(std::vector<optim::ParameterGroup> groups);
   void train_epoch(optim::Optimizer& optimizer, int64_t epoch, int64_t epochs,
                    double learning_rate);
-  void report_step(const methods::Losses& losses, int64_t epoch, int64_t steps, int64_t images,
-                   double learning_rate);
+  // The losses as numbers; NumericalError names the step of one that is not finite.
+  std::map<std::string, double> finite(const methods::Losses& losses, int64_t epoch,
+                                       double learning_rate) const;
+  void report_step(const std::map<std::string, double>& losses, int64_t epoch, int64_t steps,
+                   int64_t images, double learning_rate);
   void evaluate();
   void emit(std::string name, std::vector<std::pair<std::string, EventValue>> fields) const;
   void check_stop() const;
@@ -91,6 +95,7 @@ class Trainer : private methods::TaskServices {
   std::unique_ptr<data::Loader> train_loader_, test_loader_;
   std::unique_ptr<methods::Method> method_;
 
+  bool started_ = false;
   methods::TaskInfo info_;
   int64_t step_ = 0;  // within the task
   std::map<std::string, double> epoch_losses_;

@@ -34,14 +34,16 @@ std::vector<at::Tensor> Lists::tensors() const {
 }
 
 int64_t list_in_use(int64_t frozen_lists, int64_t task, int64_t tasks) {
+  NTKCL_CHECK(1 <= frozen_lists && frozen_lists <= tasks, "ntk-cl",
+              "'frozen_lists': expected 1 to the number of tasks (", tasks, "), got ",
+              frozen_lists);
   return std::max<int64_t>(1, frozen_lists - task / (tasks / frozen_lists));
 }
 
 NtkCl::NtkCl(Options options, const nn::VisionTransformer& vit, int64_t tasks, RandomSource& random)
     : options_(std::move(options)), vit_(vit) {
   const int64_t k = options_.frozen_lists, c = vit.width();
-  NTKCL_CHECK(tasks >= k, "ntk-cl", "'frozen_lists': expected at most the number of tasks (", tasks,
-              "), got ", k);
+  list_in_use(k, 0, tasks);  // refuses K > T
   initialise(current_, 0, random);
   frozen_.resize(static_cast<size_t>(k));
   for (int64_t i = 0; i < k; ++i) {
@@ -59,7 +61,10 @@ NtkCl::NtkCl(Options options, const nn::VisionTransformer& vit, int64_t tasks, R
                     ? random.normal(draw, p.value.sizes(), vit.options())
                     : random.uniform(draw, p.value.sizes(), -p.bound, p.bound, vit.options());
     }
+    constants_.previous = copied_weights();
   }
+  head_weight_ = at::zeros({0, width}, vit.options());
+  head_sigma_ = at::full({1}, options_.head_sigma_init, vit.options());
   prototypes_ = at::zeros({0, width}, vit.options());
   std::vector<double> multipliers;
   if (options_.pretrained_feature) {
@@ -188,6 +193,8 @@ at::Tensor NtkCl::all_features(const std::string& activity, TaskServices& servic
   std::vector<at::Tensor> parts;
   services.for_each_image(
       activity, [&](const Batch& batch) { parts.push_back(scored(features(batch.images))); });
+  NTKCL_CHECK(!parts.empty(), "data", "task ", services.task().index,
+              ": expected at least one readable training image, got none");
   return at::cat(parts);
 }
 
@@ -223,6 +230,14 @@ std::vector<std::pair<std::string, at::Tensor>> NtkCl::regularised() const {
   return weights;
 }
 
+std::vector<std::pair<std::string, at::Tensor>> NtkCl::copied_weights() const {
+  auto weights = regularised();
+  for (auto& [name, weight] : weights) {
+    weight = weight.detach().clone();
+  }
+  return weights;
+}
+
 std::vector<optim::ParameterGroup> NtkCl::before_task(TaskServices& services) {
   const TaskInfo& task = services.task();
   constants_ = {task, {}, {}, {}};
@@ -232,17 +247,16 @@ std::vector<optim::ParameterGroup> NtkCl::before_task(TaskServices& services) {
                                 -inverse_root(width), inverse_root(width), vit_.options());
   head_sigma_ = at::full({1}, options_.head_sigma_init, vit_.options());
   if (fuses()) {
-    constants_.previous = regularised();
-    for (auto& [name, weight] : constants_.previous) {
-      weight = weight.detach().clone();
-    }
+    constants_.previous = copied_weights();
     constants_.orth = orth_constant();
   }
-  if (!task.first() && options_.first_task_only) {
-    return {};
-  }
-  if (!task.first() && options_.drift_compensation) {
+  // With K > 1 the features move even without training: another frozen list is written.
+  const bool moves = trains(task) || options_.frozen_lists > 1;
+  if (!task.first() && options_.drift_compensation && moves) {
     constants_.before = all_features("features before training", services);
+  }
+  if (!trains(task)) {
+    return {};
   }
   const double scale = task.first() ? 1.0 : options_.later_lr_factor;
   std::vector<at::Tensor> decaying = trained();
@@ -262,14 +276,16 @@ std::vector<optim::ParameterGroup> NtkCl::before_task(TaskServices& services) {
 }
 
 at::Tensor NtkCl::orth_constant() const {
+  const at::Tensor old = prototypes_.narrow(0, 0, constants_.info.n_old);
   if (options_.orth == "signed_sum") {
-    return signed_direction(old_basis(prototypes_, options_.orth_rank));
+    return signed_direction(old_basis(old, options_.orth_rank));
   }
   const int64_t c = vit_.width();
-  return old_basis(prototypes_.narrow(1, prototypes_.size(1) - c, c), options_.orth_rank);
+  return old_basis(old.narrow(1, old.size(1) - c, c), options_.orth_rank);
 }
 
 Losses NtkCl::gradients(const Batch& batch, const StepInfo& step, TaskServices& services) {
+  const at::AutoGradMode record(true);  // also where the caller switched gradients off
   const Noise noise{services.random(), constants_.info.index, step.step};
   const Features features = forward(batch.images, &noise);
   const at::Tensor labels = batch.labels - constants_.info.n_old;
@@ -411,6 +427,8 @@ void NtkCl::visit_state(const StateVisitor& visitor) {
     for (nn::Fusion::Parameter& p : fusion_->parameters()) {
       at::Tensor value = p.value.detach();
       visitor("fusion." + p.name, value);
+      NTKCL_CHECK(value.sizes() == p.value.sizes(), "state", "fusion.", p.name, ": expected ",
+                  p.value.sizes(), ", got ", value.sizes());
     }
   }
   visitor("head.weight", head_weight_);

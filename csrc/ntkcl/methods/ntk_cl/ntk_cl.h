@@ -32,6 +32,9 @@ class NtkCl : public Method {
   // ValueError if `tasks` < K: some frozen list would never be written.
   NtkCl(Options options, const nn::VisionTransformer& vit, int64_t tasks, RandomSource& random);
 
+  bool trains(const TaskInfo& task) const override {
+    return task.first() || !options_.first_task_only;
+  }
   // Groups "peft" (channel list, patch list, fusion, head weight) and "head.sigma".
   std::vector<optim::ParameterGroup> before_task(TaskServices& services) override;
   Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) override;
@@ -73,6 +76,7 @@ class NtkCl : public Method {
 
   std::vector<at::Tensor> trained() const;
   std::vector<std::pair<std::string, at::Tensor>> regularised() const;
+  std::vector<std::pair<std::string, at::Tensor>> copied_weights() const;
   at::Tensor orth_constant() const;
   at::Tensor all_features(const std::string& activity, TaskServices& services) const;
 

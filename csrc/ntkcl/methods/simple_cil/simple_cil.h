@@ -11,6 +11,7 @@ class SimpleCil : public Method {
  public:
   explicit SimpleCil(const nn::VisionTransformer& vit);
 
+  bool trains(const TaskInfo&) const override { return false; }
   std::vector<optim::ParameterGroup> before_task(TaskServices& services) override;
   Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) override;
   std::vector<std::string> stages(const TaskInfo& task) const override;
