@@ -4,7 +4,8 @@ No photograph, no scan and no digit is used: formula_images.py computes every tr
 random numbers. Every step draws classes that were never seen before and never come again. The loss
 is a softmax over the cosines between the feature of an image and the mean features of the batch's
 classes, the image itself left out of its own class's mean: features learn to be told apart by
-nearest class mean. scikit-learn's digits are read by --evaluate alone, their training part only.
+nearest class mean. The training part of the default data set, scikit-learn's digits, serves for
+figures alone: what the finished features are worth. Reading it needs the built package.
 
   python examples/pretrain_formula_vit.py --out vit.safetensors       train (or resume), write
   python examples/pretrain_formula_vit.py --evaluate vit.safetensors  figures of a checkpoint
@@ -17,12 +18,17 @@ import time
 from pathlib import Path
 from statistics import mean
 
+import numpy
 import torch
 from formula_images import Draw, contours, fractals, strokes, textures
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ntkcl import _C
+from ntkcl.datasets import load_dataset
 
 SHAPE = {"image_size": 32, "patch_size": 8, "width": 96, "depth": 6, "heads": 3}
 
@@ -237,31 +243,20 @@ def read_checkpoint(path: Path) -> VisionTransformer:
         return rounded({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
 
 
-# ---- Evaluation: the training part of scikit-learn's digits, five folds ----
+# ---- Figures: the training digits, five folds ----
 
 
 def training_digits() -> tuple[Tensor, Tensor]:
-    """The digits as the default data set shows them: 8 x 8 greys, bicubic, three equal channels."""
-    import numpy
-    from PIL import Image
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    every = numpy.arange(len(data.target))
-    index, _ = train_test_split(every, test_size=450, stratify=data.target, random_state=0)
-    size = (SHAPE["image_size"],) * 2
-    greys = (data.images[index] * (255 / 16)).round().astype("uint8")
-    large = [Image.fromarray(g).resize(size, Image.Resampling.BICUBIC) for g in greys]
-    images = torch.from_numpy(numpy.stack([numpy.asarray(i) for i in large])).float() / 255
-    return images[:, None].expand(-1, 3, -1, -1), torch.from_numpy(data.target[index])
+    """The 1,347 training images of the default data set as the default transform shows them."""
+    store = load_dataset("digits").train
+    view = _C.Transform("resize", SHAPE["image_size"])
+    images = numpy.stack([view.test(store.load(index)) for index in range(len(store))])
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255, torch.tensor(store.labels)
 
 
 @torch.no_grad()
 def digit_figures(model: VisionTransformer) -> dict[str, float]:
     """Percent right on each fifth of the training digits, fitted on the other four fifths."""
-    from sklearn.linear_model import LogisticRegression
-
     images, labels = training_digits()
     x = functional.normalize(model(normalise(images)), dim=-1)
     fold, hits, linear = torch.arange(len(x)) % 5, 0, 0
@@ -282,7 +277,7 @@ def digit_figures(model: VisionTransformer) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("vit_formula_patch8_32.safetensors"))
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=int, default=200, help="steps between lines and savings")
     parser.add_argument("--evaluate", type=Path, help="file whose figures to print")

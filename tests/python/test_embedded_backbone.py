@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional
 
+from ntkcl import _C
+from ntkcl.datasets import load_dataset
 from reference_vit import expected_shapes, reference_features
 
 ROOT = Path(__file__).parents[2]
@@ -96,20 +98,12 @@ def test_features_of_unseen_digits_lie_nearest_to_their_class_mean(metadata, wei
 
 
 def training_digits(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """1,347 of scikit-learn's digits, enlarged as the default data set does, in [-1, 1]."""
-    image = pytest.importorskip("PIL.Image")
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    index, _ = train_test_split(
-        numpy.arange(len(data.target)), test_size=450, stratify=data.target, random_state=0
-    )
-    greys = (data.images[index] * (255 / 16)).round().astype("uint8")
-    large = [image.fromarray(g).resize((size, size), image.Resampling.BICUBIC) for g in greys]
-    pixels = torch.from_numpy(numpy.stack([numpy.asarray(i) for i in large])).float() / 255
-    images = pixels[:, None].expand(-1, 3, -1, -1)
-    return (images - 0.5) / 0.5, torch.from_numpy(data.target[index])
+    """The training images of the default data set, in [-1, 1]; sorted by class."""
+    store = load_dataset("digits").train
+    view = _C.Transform("resize", size)
+    images = numpy.stack([view.test(store.load(index)) for index in range(len(store))])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    return (pixels - 0.5) / 0.5, torch.tensor(store.labels)
 
 
 def held_out_nearest_class_mean(x: torch.Tensor, labels: torch.Tensor) -> float:
