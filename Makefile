@@ -98,7 +98,8 @@ main-job:  ## The embedded default, as `make demo` runs it, into build/main-job
 
 .PHONY: lint
 lint: build/stubs/ntkcl/_C.pyi  ## clang-format, ruff, mypy, type stubs
-	clang-format --dry-run --Werror $(CXX_FILES)
+	@echo "clang-format --dry-run --Werror"
+	@clang-format --dry-run --Werror $(CXX_FILES)
 	ruff check .
 	ruff format --check .
 	diff -u python/ntkcl/_C.pyi $< || { echo "The bindings have changed: run make stubs"; exit 1; }
@@ -106,7 +107,7 @@ lint: build/stubs/ntkcl/_C.pyi  ## clang-format, ruff, mypy, type stubs
 
 .PHONY: format
 format: setup  ## Rewrite the sources as `make lint` wants them
-	clang-format -i $(CXX_FILES)
+	@clang-format -i $(CXX_FILES)
 	ruff format .
 	ruff check --fix .
 
