@@ -145,7 +145,7 @@ def class_mean_loss(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vigour_at(done: float) -> float:
-    """Easy first: with strong deformations from the start the features stay where they are."""
+    """Easy first: with strong deformations from the start the features learn far more slowly."""
     first, last = RECIPE["vigour_first"], RECIPE["vigour_last"]
     return first + (last - first) * min(1.0, done / 0.7)
 
