@@ -10,6 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 VENV ?= .venv
 BUILD ?= build/dev
@@ -38,10 +39,11 @@ CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# A compiler newer than ours may warn about something new: no reason to fail a newcomer.
+# A compiler newer than ours may warn about something new: no reason to fail a newcomer. What is
+# built already stays as it is.
 .PHONY: demo
-demo: WERROR := OFF
-demo: setup  ## Set everything up and run the main job: continual learning on real digits
+demo: WERROR := $(or $(shell sed -n 's/^NTKCL_WERROR:.*=//p' $(BUILD)/CMakeCache.txt 2>/dev/null),OFF)
+demo: build  ## Set everything up and run the main job: continual learning on real digits
 	ntkcl train
 
 .PHONY: test
@@ -98,7 +100,8 @@ main-job:  ## The embedded default, as `make demo` runs it, into build/main-job
 
 .PHONY: lint
 lint: build/stubs/ntkcl/_C.pyi  ## clang-format, ruff, mypy, type stubs
-	clang-format --dry-run --Werror $(CXX_FILES)
+	@echo "clang-format --dry-run --Werror"
+	@clang-format --dry-run --Werror $(CXX_FILES)
 	ruff check .
 	ruff format --check .
 	diff -u python/ntkcl/_C.pyi $< || { echo "The bindings have changed: run make stubs"; exit 1; }
@@ -106,7 +109,7 @@ lint: build/stubs/ntkcl/_C.pyi  ## clang-format, ruff, mypy, type stubs
 
 .PHONY: format
 format: setup  ## Rewrite the sources as `make lint` wants them
-	clang-format -i $(CXX_FILES)
+	@clang-format -i $(CXX_FILES)
 	ruff format .
 	ruff check --fix .
 

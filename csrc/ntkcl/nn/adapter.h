@@ -39,7 +39,8 @@ struct AdapterList {
   std::vector<at::Tensor> tensors() const;
   // The weight matrices, which a regulariser pulls.
   std::vector<at::Tensor> weights() const;
-  // Each block's tensors, as views that `fn` may copy into, under `prefix` + "{block}.down.weight" and so on.
+  // Each block's tensors, as views that `fn` may copy into, under `prefix` + "{block}.down.weight"
+  // and so on.
   void visit(const std::string& prefix, const NamedTensorFn& fn);
 };
 
