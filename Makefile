@@ -24,6 +24,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 
 export CMAKE_BUILD_PARALLEL_LEVEL := $(NTKCL_JOBS)
 export NTKCL_WITH_CUDA
+# Threads that wait for each other do not spin: on a shared machine that costs a factor of 15.
+export OMP_WAIT_POLICY ?= PASSIVE
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 STAMPS := $(VENV)/stamps
