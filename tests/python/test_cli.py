@@ -149,7 +149,9 @@ def test_ctrl_c_stops_after_the_step_with_exit_code_130_and_keeps_the_log(tmp_pa
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert re.search(
-        r"ntkcl: \[train\] stopped after step \d+ of task 0; what was finished is in 'run'", errors
+        r"ntkcl: \[train\] stopped in task 0, steps done there: \d+; "
+        r"what was finished is in 'run'",
+        errors,
     )
     assert log.read_text().endswith("}\n")
 

@@ -152,7 +152,7 @@ def test_what_was_finished_before_a_loss_diverged_is_kept(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"ntk_cl": {"frozen_lists": 4}}, r"'frozen_lists': expected at most .*\(3\), got 4"),
+        ({"ntk_cl": {"frozen_lists": 4}}, r"'frozen_lists': expected 1 to the .*\(3\), got 4"),
         ({"initial_classes": 7}, r"expected .*got 7"),
         ({"initial_classes": 4, "increment": 3}, r"expected .*got 3"),
         ({"validation_fraction": 0.01}, r"at least one image of each class, got 0 of 8"),
@@ -214,7 +214,7 @@ def test_should_stop_is_asked_after_every_step() -> None:
     # Protects: whoever embeds the task loop can end it without a signal.
     seen: list[dict[str, Any]] = []
     trainer = bare_trainer("ntk-cl", {})
-    with pytest.raises(KeyboardInterrupt, match=r"stopped after step 1 of task 0"):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped in task 0, steps done there: 1"):
         trainer.run(seen.append, lambda: True)
     assert [event["event"] for event in seen] == ["run_begin", "task_begin", "step"]
 
@@ -243,6 +243,41 @@ def bare_trainer(method: str, options: dict[str, Any]) -> _C.Trainer:
         [0.5] * 3,
         [0.5] * 3,
     )
+
+
+def test_a_state_loads_into_a_fresh_method():
+    """The tensors that a run leaves are all that its predictions need."""
+    trained = bare_trainer("ntk-cl", {})
+    trained.run(None, None)
+    fresh = bare_trainer("ntk-cl", {})
+    fresh.load_state(trained.state())
+    images = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
+    assert torch.equal(fresh.scores(images), trained.scores(images))
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    """A tensor of another shape is never dropped in silence."""
+    state = bare_trainer("ntk-cl", {}).state()
+    name = "channel.0.down.weight"
+    with pytest.raises(ValueError, match=name):
+        bare_trainer("ntk-cl", {}).load_state({name: state[name][:1]})
+    with pytest.raises(ValueError, match=r"unknown tensor .no\.such."):
+        bare_trainer("ntk-cl", {}).load_state({"no.such": torch.zeros(1)})
+
+
+def test_a_trainer_runs_once():
+    """A second run would begin behind the last task: an error, not undefined behaviour."""
+    trainer = bare_trainer("simple-cil", {})
+    trainer.run(None, None)
+    with pytest.raises(ValueError, match="has run already"):
+        trainer.run(None, None)
+
+
+def test_training_works_where_the_caller_records_no_gradients():
+    """`torch.no_grad()` around a run is the caller's business, not the training's."""
+    with torch.no_grad():
+        result = bare_trainer("ntk-cl", {}).run(None, None)
+    assert math.isfinite(result["final_accuracy"])
 
 
 # ---- validation_fraction -------------------------------------------------------------------------

@@ -394,7 +394,8 @@ void Trainer::emit(std::string name, std::vector<std::pair<std::string, EventVal
 
 void Trainer::check_stop() const {
   if (should_stop_ && should_stop_()) {
-    NTKCL_FAIL(Interrupted, "train", "stopped after ", step_, " steps of task ", info_.index);
+    NTKCL_FAIL(Interrupted, "train", "stopped in task ", info_.index,
+               ", steps done there: ", step_);
   }
 }
 
