@@ -11,24 +11,25 @@ constexpr double kLayerNormEps = 1e-6;
 
 // One block's generator, as views of the list.
 struct Generator {
-  at::Tensor mix_weight, mix_bias, norm_weight, norm_bias, gate;
+  at::Tensor mix_weight, norm_weight, norm_bias, gate;
 };
 
 std::vector<Generator> generators(const PromptList& list) {
-  const auto mix_weight = list.mix_weight.unbind(0), mix_bias = list.mix_bias.unbind(0);
+  const auto mix_weight = list.mix_weight.unbind(0);
   const auto norm_weight = list.norm_weight.unbind(0), norm_bias = list.norm_bias.unbind(0);
   const auto gate = list.gate.defined() ? list.gate.unbind(0) : std::vector<at::Tensor>{};
   std::vector<Generator> result;
   for (size_t l = 0; l < mix_weight.size(); ++l) {
-    result.push_back({mix_weight[l], mix_bias[l], norm_weight[l], norm_bias[l],
+    result.push_back({mix_weight[l], norm_weight[l], norm_bias[l],
                       gate.empty() ? at::Tensor() : gate[l]});
   }
   return result;
 }
 
-// LN_p(W_g x0 + b_g): (B, N, C) -> (B, P, C)
+// LN_p(W_g x0 + b_g): (B, N, C) -> (B, P, C). b_g is the same for a token's C channels, so LN_p
+// takes it away whatever it is: it is left out, and its gradient is exactly 0.
 at::Tensor generate(const Generator& g, const at::Tensor& x0) {
-  const at::Tensor mixed = at::matmul(g.mix_weight, x0) + g.mix_bias.unsqueeze(1);
+  const at::Tensor mixed = at::matmul(g.mix_weight, x0);
   return at::layer_norm(mixed, {mixed.size(-1)}, g.norm_weight, g.norm_bias, kLayerNormEps);
 }
 

@@ -63,11 +63,13 @@ ComputeScope::ComputeScope(const TrainOptions& options, at::Device device)
     : threads_(at::get_num_threads()),
       deterministic_(at::globalContext().deterministicAlgorithms()),
       deterministic_warn_only_(at::globalContext().deterministicAlgorithmsWarnOnly()),
+      fill_uninitialized_(at::globalContext().deterministicFillUninitializedMemory()),
       matmul_precision_(matmul_precision()) {
   if (options.threads > 0) {
     at::set_num_threads(static_cast<int>(options.threads));
   }
   at::globalContext().setDeterministicAlgorithms(options.deterministic, false);
+  at::globalContext().setDeterministicFillUninitializedMemory(false);
   if (device.is_cpu()) {
     keep_large_blocks();
     if (options.cpu_matmul == "auto") {
@@ -80,6 +82,7 @@ ComputeScope::ComputeScope(const TrainOptions& options, at::Device device)
 ComputeScope::~ComputeScope() {
   at::set_num_threads(threads_);
   at::globalContext().setDeterministicAlgorithms(deterministic_, deterministic_warn_only_);
+  at::globalContext().setDeterministicFillUninitializedMemory(fill_uninitialized_);
   at::globalContext().setFloat32MatmulPrecision(matmul_precision_);
 }
 
