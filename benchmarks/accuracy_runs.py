@@ -16,6 +16,8 @@ from ntkcl.config import resolve
 
 Record = dict[str, Any]
 
+_THREE_EPOCHS = {"initial_classes": 10, "increment": 10, "epochs": 3}
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -29,9 +31,7 @@ class Protocol:
     train_per_class: int | None = None  # none: all
     test_per_class: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
-    settings: Mapping[str, Any] = field(
-        default_factory=lambda: {"initial_classes": 10, "increment": 10, "epochs": 3}
-    )
+    settings: Mapping[str, Any] = field(default_factory=lambda: _THREE_EPOCHS)
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ PROTOCOLS = {
         Protocol(
             "cpu",
             "CIFAR-100, 40 training and 10 test images a class, ViT-Ti/16 at 224 pixels, "
-            "10 tasks of 10 classes, 3 epochs",
+            "10 tasks of 10 classes, 3 epochs; the backbone's products in bfloat16",
             train_per_class=40,
             test_per_class=10,
+            settings=_THREE_EPOCHS | {"precision": "bfloat16"},
         ),
         Protocol(
             "full",

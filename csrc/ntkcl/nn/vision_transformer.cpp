@@ -28,11 +28,13 @@ at::Tensor without_prompts(const at::Tensor& x, int64_t prompts) {  // tokens on
 }
 
 // softmax(q k^T / sqrt(d)) v, over (B, H, T, d). Torch's fused CPU kernel multiplies tile by tile,
-// which is slow where "medium" sends each small product to oneDNN: there, two large products.
+// which is slow where small products go to oneDNN one by one: there, two large products.
 at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
   const bool onednn =
-      query.is_cpu() && query.scalar_type() == at::kFloat &&
-      at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM;
+      query.is_cpu() &&
+      (query.scalar_type() == at::kBFloat16 ||
+       (query.scalar_type() == at::kFloat &&
+        at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM));
   if (!onednn) {
     return at::scaled_dot_product_attention(query, key, value);
   }
@@ -190,10 +192,19 @@ VisionTransformer::VisionTransformer(const TensorMap& weights, int64_t heads, in
   position_ = resize_position(position_, image_size_ / patch_size_);
 }
 
-VisionTransformer VisionTransformer::to(at::ScalarType dtype, at::Device device) const {
+VisionTransformer VisionTransformer::to(at::ScalarType dtype, at::Device device,
+                                        std::optional<at::ScalarType> products) const {
   VisionTransformer copy = *this;
-  visit(copy, [&](const std::string&, at::Tensor& tensor) { tensor = tensor.to(device, dtype); });
+  visit(copy, [&](const std::string& name, at::Tensor& tensor) {
+    const bool product = name.find(".attn.") != std::string::npos ||
+                         name.find(".mlp.") != std::string::npos;
+    tensor = tensor.to(device, product ? products.value_or(dtype) : dtype);
+  });
   return copy;
+}
+
+at::ScalarType VisionTransformer::product_type() const {
+  return blocks_.front().qkv_weight.scalar_type();
 }
 
 at::Tensor VisionTransformer::embed(const at::Tensor& images) const {
@@ -212,7 +223,7 @@ at::Tensor VisionTransformer::embed(const at::Tensor& images) const {
 at::Tensor VisionTransformer::attention(int64_t block, const at::Tensor& x,
                                         const AttentionOptions& options) const {
   const Block& w = blocks_[static_cast<size_t>(block)];
-  const at::Tensor y = layer_norm(x, w.norm1_weight, w.norm1_bias);
+  const at::Tensor y = layer_norm(x, w.norm1_weight, w.norm1_bias).to(product_type());
   const int64_t c = width_;
   at::Tensor query, key, value;
   if (options.class_token_only) {
@@ -236,7 +247,7 @@ at::Tensor VisionTransformer::attention(int64_t block, const at::Tensor& x,
     const int64_t p = options.prompts;
     mixed = attend(query, without_prompts(key, p), without_prompts(value, p));
     const at::Tensor from_prompts = attend(query, key.narrow(2, 1, p), value.narrow(2, 1, p));
-    mixed = mixed + options.prompt_gate.view({1, heads_, 1, 1}) * from_prompts;
+    mixed = mixed + options.prompt_gate.to(product_type()).view({1, heads_, 1, 1}) * from_prompts;
   } else {
     mixed = attend(query, key, value);
   }
@@ -247,7 +258,7 @@ at::Tensor VisionTransformer::attention(int64_t block, const at::Tensor& x,
 
 at::Tensor VisionTransformer::mlp(int64_t block, const at::Tensor& hidden) const {
   const Block& w = blocks_[static_cast<size_t>(block)];
-  const at::Tensor y = layer_norm(hidden, w.norm2_weight, w.norm2_bias);
+  const at::Tensor y = layer_norm(hidden, w.norm2_weight, w.norm2_bias).to(product_type());
   return at::linear(at::gelu(at::linear(y, w.fc1_weight, w.fc1_bias)), w.fc2_weight, w.fc2_bias);
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -43,7 +44,10 @@ class VisionTransformer {
   // and misshapen keys.
   VisionTransformer(const TensorMap& weights, int64_t heads, int64_t image_size = 0);
 
-  VisionTransformer to(at::ScalarType dtype, at::Device device) const;
+  // `products`: type of the blocks' matrices and of what they are multiplied with; none: `dtype`.
+  // bfloat16 beside float32 leaves the residual stream, LayerNorms and softmax sums in float32.
+  VisionTransformer to(at::ScalarType dtype, at::Device device,
+                       std::optional<at::ScalarType> products = std::nullopt) const;
 
   int64_t width() const { return width_; }
   int64_t depth() const { return static_cast<int64_t>(blocks_.size()); }
@@ -52,6 +56,7 @@ class VisionTransformer {
   int64_t image_size() const { return image_size_; }
   int64_t tokens() const { return position_.size(1); }
   at::TensorOptions options() const { return position_.options(); }
+  at::ScalarType product_type() const;
 
   // (B, 3, S, S) -> (B, N, C): patches, class token, position embedding.
   at::Tensor embed(const at::Tensor& images) const;

@@ -3,9 +3,6 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
-#include <malloc.h>
-
-#include <climits>
 
 #include "ntkcl/core/error.h"
 
@@ -39,6 +36,10 @@ at::ScalarType resolve_precision(const std::string& name) {
   return name == "float64" ? at::kDouble : at::kFloat;
 }
 
+std::optional<at::ScalarType> resolve_products(const std::string& name) {
+  return name == "bfloat16" ? std::optional(at::kBFloat16) : std::nullopt;
+}
+
 bool medium_matmul_is_float32() {
   const at::NoGradGuard no_grad;
   // Entries of a fixed pattern with many significant bits.
@@ -54,11 +55,6 @@ bool medium_matmul_is_float32() {
   return error < 1e-5;  // float32: about 1e-6; bf16: about 1e-3
 }
 
-void keep_large_blocks() {
-  mallopt(M_MMAP_MAX, 0);
-  mallopt(M_TRIM_THRESHOLD, INT_MAX);
-}
-
 ComputeScope::ComputeScope(const TrainOptions& options, at::Device device)
     : threads_(at::get_num_threads()),
       deterministic_(at::globalContext().deterministicAlgorithms()),
@@ -71,7 +67,7 @@ ComputeScope::ComputeScope(const TrainOptions& options, at::Device device)
   at::globalContext().setDeterministicAlgorithms(options.deterministic, false);
   at::globalContext().setDeterministicFillUninitializedMemory(false);
   if (device.is_cpu()) {
-    keep_large_blocks();
+    memory_.emplace();
     if (options.cpu_matmul == "auto") {
       at::globalContext().setFloat32MatmulPrecision(medium_matmul_is_float32() ? "medium"
                                                                                : "highest");

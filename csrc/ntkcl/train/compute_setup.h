@@ -2,6 +2,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+#include <string>
+
+#include "ntkcl/train/activation_memory.h"
 #include "ntkcl/train/options.h"
 
 namespace ntkcl::train {
@@ -9,17 +13,14 @@ namespace ntkcl::train {
 // Where and in what the arithmetic runs. ValueError for a device that is not there.
 at::Device resolve_device(const std::string& name);
 at::ScalarType resolve_precision(const std::string& name);
+std::optional<at::ScalarType> resolve_products(const std::string& name);
 
 // Whether at::linear in float32 with torch's matmul precision "medium" still computes in float32 on
 // this processor: with AMX it means bf16, elsewhere it only chooses the faster GEMM library.
 // Decided by comparing one product with float64.
 bool medium_matmul_is_float32();
 
-// Keep freed blocks of any size instead of returning them to the system: pages of large activations
-// are touched once, not at every step. Process-wide, cannot be undone.
-void keep_large_blocks();
-
-// Sets thread count, determinism and matmul library for a run, and restores them at its end.
+// Sets thread count, determinism, matmul library and CPU memory for a run, and restores them at its end.
 // Torch's filling of new tensors, meant to show reads of memory never written, is off: it costs 5 %
 // of a step.
 class ComputeScope {
@@ -33,6 +34,7 @@ class ComputeScope {
   int threads_;
   bool deterministic_, deterministic_warn_only_, fill_uninitialized_;
   std::string matmul_precision_;
+  std::optional<ActivationMemory> memory_;
 };
 
 }  // namespace ntkcl::train
