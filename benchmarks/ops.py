@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 import ntkcl
-from ntkcl.ops import bias_relu_dropout, philox_keep_mask, section_cosine
+from ntkcl.ops import attention, bias_relu_dropout, philox_keep_mask, section_cosine
 
 Step = Callable[[], list[torch.Tensor]]
 
@@ -38,6 +38,39 @@ class Case:
 
 def gradients(outputs: torch.Tensor, grad: torch.Tensor, *inputs: torch.Tensor):
     return [outputs, *torch.autograd.grad(outputs, inputs, grad)]
+
+
+def attention_case(
+    batch: int, heads: int, width: int, dtype: torch.dtype, device: str, backward: bool, fused: bool
+) -> Case:
+    tokens = 197
+    columns = heads * width
+    qkv = torch.randn(
+        batch, tokens, 3 * columns, dtype=dtype, device=device, requires_grad=backward
+    )
+    grad = torch.randn(batch, tokens, columns, dtype=dtype, device=device)
+
+    def ours():
+        out = attention(qkv, heads)
+        return gradients(out, grad, qkv) if backward else [out]
+
+    def theirs():
+        query, key, value = qkv.unflatten(2, (3, heads, width)).permute(2, 0, 3, 1, 4)
+        if fused:
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        else:
+            mixed = (query * width**-0.5 @ key.transpose(2, 3)).softmax(-1) @ value
+        out = mixed.transpose(1, 2).flatten(2)
+        return gradients(out, grad, qkv) if backward else [out]
+
+    return Case(
+        f"attention, torch {'fused' if fused else 'plain'}" + (" + backward" if backward else ""),
+        {"batch": batch, "tokens": tokens, "heads": heads, "width": width},
+        ours,
+        theirs,
+        lambda: check(ours(), theirs()),
+        qkv.element_size() * batch * tokens * columns * (8 if backward else 4),
+    )
 
 
 def dropout_case(rows: int, width: int, dtype: torch.dtype, device: str, backward: bool) -> Case:
@@ -152,10 +185,15 @@ def measure(case: Case, rounds: int, device: str) -> tuple[float, float]:
 
 
 def cases(device: str):
-    # The adapter's middle in ViT-B at batch 16 (3152 x 16), a whole MLP's activation, and a large
-    # matrix for the GPU; scores of a training batch and of an evaluation batch.
+    # Attention in ViT-Ti and ViT-B at batch 16; the adapter's middle in ViT-B at batch 16 (3152 x
+    # 16), a whole MLP's activation, and a large matrix for the GPU; scores of a training batch and
+    # of an evaluation batch.
     heights = [(3152, 16), (3152, 3072)] + ([(197 * 256, 3072)] if device == "cuda" else [])
     for dtype in (torch.float32, torch.bfloat16):
+        for heads in (3, 12):
+            for fused in (False, True):
+                for backward in (False, True):
+                    yield dtype, attention_case(16, heads, 64, dtype, device, backward, fused)
         for rows, width in heights:
             for backward in (False, True):
                 yield dtype, dropout_case(rows, width, dtype, device, backward)
@@ -170,21 +208,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument(
+        "--matmul-precision",
+        choices=["highest", "high", "medium"],
+        default="highest",
+        help="torch.set_float32_matmul_precision, for both sides (default: highest)",
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_float32_matmul_precision(arguments.matmul_precision)
     torch.manual_seed(0)
 
     device = arguments.device
     print(f"torch {torch.__version__}, {device}, {arguments.threads} CPU thread(s)")
-    print(f"{'operator':30} {'type':9} {'ours us':>10} {'torch us':>10} {'ratio':>6} {'GB/s':>7}")
+    print(f"{'operator':34} {'type':9} {'ours us':>10} {'torch us':>10} {'ratio':>6} {'GB/s':>7}")
     results = []
     for dtype, case in cases(device):
         ours, theirs = measure(case, arguments.rounds, device)
         kind = str(dtype).removeprefix("torch.")
         print(
-            f"{case.name:30} {kind:9} {ours * 1e6:10.1f} {theirs * 1e6:10.1f} {theirs / ours:6.2f}"
+            f"{case.name:34} {kind:9} {ours * 1e6:10.1f} {theirs * 1e6:10.1f} {theirs / ours:6.2f}"
             f" {case.bytes_moved / ours * 1e-9:7.2f}  {case.sizes}"
         )
         results.append(
@@ -206,6 +251,7 @@ def main() -> None:
             "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": arguments.threads,
+            "matmul_precision": arguments.matmul_precision,
             "rounds": arguments.rounds,
             "results": results,
         }

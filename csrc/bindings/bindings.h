@@ -15,6 +15,7 @@ namespace py = pybind11;
 
 void init_core(py::module_& m);
 void init_data(py::module_& m);
+void init_lorac_ipc(py::module_& m);
 void init_methods(py::module_& m);
 void init_nn(py::module_& m);
 void init_optim(py::module_& m);

@@ -5,6 +5,7 @@ PYBIND11_MODULE(_C, m) {
   ntkcl::bindings::init_core(m);
   ntkcl::bindings::init_data(m);
   ntkcl::bindings::init_nn(m);  // before the methods: their signatures name its types
+  ntkcl::bindings::init_lorac_ipc(m);
   ntkcl::bindings::init_methods(m);
   ntkcl::bindings::init_optim(m);
   ntkcl::bindings::init_scenario(m);

@@ -12,36 +12,46 @@ import numpy.typing
 import torch
 
 __all__: list[str] = [
+    "AlignmentDraws",
     "ClassMeans",
+    "ClusterGaussians",
     "Evaluation",
     "ImageStore",
+    "ImportanceAverage",
     "Loader",
     "MethodSession",
     "Optimizer",
+    "Orthogonality",
     "ParameterGroup",
     "Summary",
     "Trainer",
     "Transform",
     "VisionTransformer",
     "ZipEntry",
+    "align_head",
     "backward_transfer",
     "build_info",
     "channel_pass",
     "clip_grad_norm_",
+    "cluster_moments",
     "cosine_logits",
     "decode_image",
     "describe_options",
     "dissimilarity",
     "forgetting",
+    "freeze_important",
     "fuse",
     "fusion_kinds",
     "gaussian_drift",
+    "kmeans",
+    "kmeans_plus_plus",
     "learning_rate_at",
     "list_in_use",
     "make_array_store",
     "make_file_store",
     "make_optimizer",
     "make_zip_store",
+    "mean_importance",
     "numpy_permutation",
     "old_basis",
     "patch_pass",
@@ -175,6 +185,61 @@ class VisionTransformer:
     def tokens(self) -> int: ...
     @property
     def width(self) -> int: ...
+
+class ImportanceAverage:
+    """
+    Smoothed importance and uncertainty of each weight matrix.
+    """
+    def __init__(
+        self,
+        mean_decay: typing.SupportsFloat | typing.SupportsIndex = 0.85,
+        uncertainty_decay: typing.SupportsFloat | typing.SupportsIndex = 0.85,
+    ) -> None: ...
+    def add(self, importance: torch.Tensor) -> None:
+        """
+        One step's (types, blocks).
+        """
+    def score(self) -> torch.Tensor:
+        """
+        mean * uncertainty, (types, blocks).
+        """
+    @property
+    def mean(self) -> torch.Tensor: ...
+    @property
+    def uncertainty(self) -> torch.Tensor: ...
+
+class Orthogonality:
+    """
+    || Q^T Q - I ||_F with Q = [old, current].
+    """
+    def __call__(self, current: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        (blocks, in, r) -> values (blocks), gradient of their sum.
+        """
+    def __init__(self, old: torch.Tensor) -> None:
+        """
+        (blocks, in, columns), columns may be 0.
+        """
+
+class AlignmentDraws:
+    def __init__(
+        self,
+        permutation: collections.abc.Callable[[int, int], torch.Tensor],
+        normals: collections.abc.Callable[[int, torch.Tensor], torch.Tensor],
+    ) -> None: ...
+
+class ClusterGaussians:
+    """
+    Classes as Gaussians over features, for task inference.
+    """
+    def __init__(self) -> None: ...
+    def add_class(self, rows: torch.Tensor, labels: torch.Tensor) -> None: ...
+    def distances(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        (b, C) -> (b, classes), squared Mahalanobis distance to the nearest cluster.
+        """
+    @property
+    def classes(self) -> int: ...
 
 class MethodSession:
     """
@@ -420,6 +485,23 @@ class Trainer:
         Every tensor of the method by name, as copies.
         """
 
+def align_head(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    means: torch.Tensor,
+    variances: torch.Tensor,
+    n_old: typing.SupportsInt | typing.SupportsIndex,
+    epochs: typing.SupportsInt | typing.SupportsIndex,
+    learning_rate: typing.SupportsFloat | typing.SupportsIndex,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    draws: AlignmentDraws,
+) -> list[float]:
+    """
+    Trains the head on draws from clusters, in place; each step's cross-entropy.
+    """
+
 def backward_transfer(accuracy_matrix: torch.Tensor) -> float:
     """
     Mean over tasks k < T - 1 of a[T-1][k] - a[k][k]; 0 for T = 1.
@@ -440,6 +522,13 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """
     Scales the gradients by min(1, max_norm / (norm + 1e-6)); returns the norm before.
+    """
+
+def cluster_moments(
+    rows: torch.Tensor, labels: torch.Tensor, clusters: typing.SupportsInt | typing.SupportsIndex
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Mean and biased variance of each cluster: (K, C) twice.
     """
 
 def cosine_logits(x: torch.Tensor, weight: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor: ...
@@ -467,6 +556,17 @@ def forgetting(accuracy_matrix: torch.Tensor) -> float:
     Mean over tasks k < T - 1 of max_{i < T - 1} a[i][k] - a[T-1][k]; 0 for T = 1.
     """
 
+def freeze_important(
+    mask: torch.Tensor,
+    score: torch.Tensor,
+    threshold: typing.SupportsFloat | typing.SupportsIndex,
+    of_new: bool = False,
+    rule: str = "exact",
+) -> torch.Tensor:
+    """
+    The masks of the next task: 1 free, 0 frozen.
+    """
+
 def fuse(
     kind: str,
     channel: torch.Tensor,
@@ -486,6 +586,18 @@ def gaussian_drift(
 ) -> torch.Tensor:
     """
     Shift of old prototypes (RAA 5.2): (n, D), (n, D), (k, D) -> (k, D).
+    """
+
+def kmeans(
+    x: torch.Tensor, centers: torch.Tensor, rounds: typing.SupportsInt | typing.SupportsIndex = 300
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Lloyd: centers, labels.
+    """
+
+def kmeans_plus_plus(x: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """
+    First centers: x (n, C), draws (k) uniform in [0, 1) -> (k or fewer, C).
     """
 
 def learning_rate_at(
@@ -538,6 +650,11 @@ def make_zip_store(
 ) -> ImageStore:
     """
     Images inside a zip archive; entries are read when asked for.
+    """
+
+def mean_importance(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """
+    mean |W * G| over the last two dimensions.
     """
 
 def numpy_permutation(

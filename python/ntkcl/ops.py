@@ -14,7 +14,38 @@ import torch
 
 from ntkcl import _C  # noqa: F401  # registers the operators
 
-__all__ = ["bias_relu_dropout", "philox_keep_mask", "section_cosine"]
+__all__ = ["attention", "bias_relu_dropout", "philox_keep_mask", "section_cosine"]
+
+
+def attention(
+    qkv: torch.Tensor, heads: int, gate: torch.Tensor | None = None, prompts: int = 0
+) -> torch.Tensor:
+    """Multi-head attention over a packed projection, with prompts apart where there is a gate.
+
+    Without a gate ``softmax(q k^T / sqrt(d)) v`` in each head. With one, tokens 1 to ``prompts``
+    are prompts, which all tokens attend to by a softmax of their own, times the head's gate: at
+    gate 0 the other tokens are as if there were no prompts.
+
+    On CPU faster than torch's scaled_dot_product_attention, and it keeps no copies of q, k and v;
+    on CUDA use torch's.
+
+    Args:
+        qkv: (B, T, 3*C), float32, float64 or bfloat16: a token's q, k and v, each head by head.
+        heads: H, a divisor of C.
+        gate: (H), of qkv's type and device.
+        prompts: How many of the tokens, from the second on, are prompts; 0 without a gate.
+
+    Returns:
+        (B, T, C), of qkv's type. qkv and gate are differentiable.
+
+    Raises:
+        ValueError: Shapes or devices do not fit, or prompts without a gate.
+        TypeError: An element type is not one of the above.
+
+    Source: NTK-CL (arXiv 2407.17120), the gate as in LLaMA-Adapter (arXiv 2303.16199).
+    """
+    out: torch.Tensor = torch.ops.ntkcl.attention(qkv, heads, gate, prompts)[0]
+    return out
 
 
 def bias_relu_dropout(

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import ntkcl
-from ntkcl.ops import bias_relu_dropout, philox_keep_mask, section_cosine
+from ntkcl.ops import attention, bias_relu_dropout, philox_keep_mask, section_cosine
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 # Tolerances against a float64 reference of the same inputs.
@@ -38,6 +38,20 @@ def assert_close(actual, reference, dtype, scale=0.0):
 def reference_bias_relu_dropout(x, bias, keep, p):
     y = F.relu(x + bias)
     return y if keep is None else y * keep.to(y.dtype) / (1 - p)
+
+
+def reference_attention(qkv, heads, gate=None, prompts=0):
+    query, key, value = (
+        part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2)
+    )
+    is_prompt = torch.zeros(qkv.shape[1], dtype=torch.bool)
+    is_prompt[1 : 1 + prompts] = True
+    scores = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
+    mixed = scores[..., ~is_prompt].softmax(-1) @ value[:, :, ~is_prompt]
+    if gate is not None:
+        apart = scores[..., is_prompt].softmax(-1) @ value[:, :, is_prompt]
+        mixed = mixed + gate[:, None, None] * apart
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def reference_section_cosine(x, prototypes, weights):
@@ -124,6 +138,160 @@ def test_keep_mask_does_not_depend_on_threads():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*masks)
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+# B, T, H, d, P
+ATTENTIONS = [(1, 1, 1, 1, 0), (2, 5, 3, 4, 0), (3, 40, 2, 64, 0), (2, 7, 2, 8, 3), (2, 2, 1, 4, 1)]
+ATTENTIONS += [(2, 207, 3, 64, 10)]
+
+
+def attention_inputs(size, dtype=torch.float32):
+    batch, tokens, heads, width, prompts = size
+    qkv = random(batch, tokens, 3 * heads * width, dtype=dtype)
+    gate = random(heads, dtype=dtype, seed=1) if prompts else None
+    return qkv, gate
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", ATTENTIONS)
+def test_attention_equals_pytorch(dtype, size):
+    batch, tokens, heads, width, prompts = size
+    qkv, gate = attention_inputs(size, dtype)
+    grad = random(batch, tokens, heads * width, dtype=dtype, seed=2)
+    outcomes = []
+    for cast in (dtype, torch.float64):
+        leaves = [t.detach().to(cast).requires_grad_() for t in (qkv, gate) if t is not None]
+        function = attention if cast == dtype and not outcomes else reference_attention
+        out = function(leaves[0], heads, *leaves[1:], **({"prompts": prompts} if prompts else {}))
+        out.backward(grad.to(cast))
+        outcomes.append([out.detach(), *(t.grad for t in leaves)])
+    (out, *gradients), (expected, *references) = outcomes
+    # Products of bfloat16 are rounded to it between the steps.
+    slack = 3.0 if dtype == torch.bfloat16 else 2.0
+    assert_close(out, expected, dtype, scale=slack * expected.abs().max().item())
+    for ours, theirs in zip(gradients, references, strict=True):
+        assert_close(ours, theirs, dtype, scale=slack * max(1.0, theirs.abs().max().item()))
+
+
+def test_attention_equals_torchs_fused_kernel():
+    # An independent implementation, on the tokens of a real vision transformer.
+    qkv = random(4, 197, 3 * 192)
+    query, key, value = (t.unflatten(2, (3, 64)).transpose(1, 2) for t in qkv.chunk(3, dim=2))
+    fused = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(qkv, 3), fused, rtol=0, atol=2e-6)
+
+
+def test_attention_behind_a_closed_gate_does_not_see_prompts():
+    qkv = random(2, 9, 3 * 8)
+    others = torch.cat([qkv[:, :1], qkv[:, 4:]], 1)
+    out = attention(qkv, 2, torch.zeros(2), 3)
+    torch.testing.assert_close(torch.cat([out[:, :1], out[:, 4:]], 1), attention(others, 2))
+
+
+def test_attention_weights_are_softmaxes():
+    # Rows sum to 1 and keep their order, far beyond where exp overflows; scores 200 apart are 0 or
+    # 1 exactly.
+    qkv = 30 * random(2, 33, 3 * 16)
+    _, weights, prompt_weights = torch.ops.ntkcl.attention(qkv, 2, torch.ones(2), 4)
+    for each in (weights, prompt_weights):
+        torch.testing.assert_close(each.sum(-1), torch.ones(each.shape[:2]))
+        assert each.min() >= 0
+    one = torch.tensor([[[1.0, 0.0, 0.0], [0.0, -200.0, 0.0]]])
+    _, weights, _ = torch.ops.ntkcl.attention(one, 1, None, 0)
+    assert torch.equal(weights, torch.tensor([[[1.0, 0.0], [0.5, 0.5]]]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_attention_lets_nan_through(bad):
+    # A diverged run must not look healthy.
+    qkv = random(1, 40, 3 * 4)
+    qkv[0, 3, 4] = bad  # one key: every query of its head meets it
+    assert attention(qkv, 1).isnan().any()
+
+
+def test_attention_non_contiguous():
+    qkv, gate = random(24, 6, 2).permute(2, 1, 0), random(4)[::2]
+    out = attention(qkv, 2, gate, 2)
+    assert torch.equal(out, attention(qkv.contiguous(), 2, gate.contiguous(), 2))
+    # An expanded gradient, as sum() makes it.
+    qkv = qkv.detach().requires_grad_()
+    attention(qkv, 2).sum().backward()
+    reference = qkv.detach().clone().requires_grad_()
+    reference_attention(reference, 2).sum().backward()
+    torch.testing.assert_close(qkv.grad, reference.grad)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 12), (2, 0, 12)])
+def test_attention_zero_size(shape):
+    qkv = torch.zeros(shape, requires_grad=True)
+    out = attention(qkv, 2)
+    assert out.shape == (*shape[:2], 4)
+    out.sum().backward()
+    assert qkv.grad.shape == shape
+
+
+def test_attention_equal_bits_for_any_thread_count():
+    # The parts that are ours: products are the GEMM library's.
+    qkv = random(3, 70, 3 * 8, dtype=torch.float64, requires_grad=True)
+    gate = random(2, dtype=torch.float64, seed=1, requires_grad=True)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            out = attention(qkv, 2, gate, 5)
+            results.append((out, *torch.autograd.grad(out.square().sum(), (qkv, gate))))
+    finally:
+        torch.set_num_threads(threads)
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-14)
+
+
+def test_attention_gradcheck():
+    qkv = random(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    gate = random(2, dtype=torch.float64, seed=1, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: attention(x, 2), (qkv,))
+    assert torch.autograd.gradcheck(lambda x, g: attention(x, 2, g, 2), (qkv, gate))
+
+
+@pytest.mark.parametrize("size", ATTENTIONS)
+def test_attention_of_torchs_operators_equals_ours(size):
+    # What runs on CUDA is made of torch's operators: here they run on the CPU.
+    qkv, gate = attention_inputs(size, torch.float64)
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    arguments = (qkv, size[2], gate, size[4])
+    ours = torch.ops.ntkcl.attention(*arguments)
+    theirs = torch.ops.ntkcl.attention.default.redispatch(key, *arguments)
+    grad = random(*ours[0].shape, dtype=torch.float64, seed=3)
+    arguments = (grad, qkv, ours[1], ours[2], size[2], gate, size[4])
+    ours += torch.ops.ntkcl.attention_backward(*arguments)
+    theirs += torch.ops.ntkcl.attention_backward.default.redispatch(key, *arguments)
+    for first, second in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-13)
+
+
+def test_attention_errors():
+    qkv, gate = torch.zeros(2, 5, 12), torch.zeros(2)
+    where = r"^\[attention\] expected "
+    with pytest.raises(ValueError, match=where + r"qkv of shape \(B, T, 3\*C\).*got \[5, 12\]"):
+        attention(qkv[0], 2)
+    with pytest.raises(ValueError, match=where + "qkv of shape .* a multiple of 3 heads"):
+        attention(qkv, 3)
+    with pytest.raises(ValueError, match=where + "at least 1 head, got 0"):
+        attention(qkv, 0)
+    with pytest.raises(ValueError, match=where + r"gate of shape \[2\], got \[3\]"):
+        attention(qkv, 2, torch.zeros(3), 1)
+    for prompts in (0, 5, -1):
+        with pytest.raises(ValueError, match=where + "1 to 4 prompts beside a class token, got"):
+            attention(qkv, 2, gate, prompts)
+    with pytest.raises(ValueError, match=where + "a gate, as there are 2 prompts"):
+        attention(qkv, 2, prompts=2)
+    with pytest.raises(TypeError, match=where + "gate of qkv's type Float, got Double"):
+        attention(qkv, 2, gate.double(), 1)
+    with pytest.raises(TypeError, match=where + "qkv of float32, float64 or bfloat16, got Half"):
+        attention(qkv.half(), 2)
 
 
 # --- bias_relu_dropout --------------------------------------------------------------------------
@@ -394,6 +562,8 @@ def operator_samples(device="cpu"):
             def make(*shape, dtype=dtype, grad=grad):
                 return random(*shape, dtype=dtype).to(device).requires_grad_(grad)
 
+            yield ops.attention.default, (make(2, 6, 12), 2, None, 0)
+            yield ops.attention.default, (make(2, 6, 12), 2, make(2), 3)
             yield ops.bias_relu_dropout.default, (make(5, 16), make(16), None, key, P)
             yield ops.bias_relu_dropout.default, (make(2, 7, 16), make(16), mask, None, P)
             yield ops.section_cosine.default, (make(4, 6), make(3, 6), make(2))
@@ -401,6 +571,12 @@ def operator_samples(device="cpu"):
     y = bias_relu_dropout(x, bias)
     scores = random(4, 3).to(device)
     rows, prototypes, weights = (random(*s).to(device) for s in ((4, 6), (3, 6), (2,)))
+    qkv, gate, mixed = (random(*s).to(device) for s in ((2, 6, 12), (2,), (2, 6, 4)))
+    for with_gate in ((None, 0), (gate, 3)):
+        shares = ops.attention(qkv, 2, *with_gate)[1:]
+        yield ops.attention_backward.default, (mixed, qkv, *shares, 2, *with_gate)
+    yield ops.attention.default, (qkv.transpose(0, 1), 2, None, 0)
+    yield ops.attention.default, (qkv[:0].requires_grad_(), 2, gate, 3)
     yield ops.bias_relu_dropout.default, (x.transpose(0, 1), bias, None, None, 0.0)
     yield ops.bias_relu_dropout.default, (x[:0].requires_grad_(), bias, None, key, P)
     yield ops.bias_relu_dropout_backward.default, (x, y, P)

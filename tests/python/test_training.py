@@ -515,10 +515,10 @@ def test_every_kind_of_fusion_is_tested() -> None:
 @pytest.mark.parametrize("kind", FUSIONS)
 def test_every_kind_of_fusion_learns(tmp_path: Path, kind: str) -> None:
     # Protects: shapes, initialisation and gradients of each fusion inside a whole run.
-    result = train(tmp_path / "run", small(), **ONE_TASK, ntk_cl={"fusion": kind})
+    result = train(tmp_path / "run", small(), **ONE_TASK, ntk_cl={"mode": "both", "fusion": kind})
     names = {"ce_channel", "ce_patch", "ce_fused", "l_dis", "l_orth", "l_reg", "total"}
     assert_finite(result, names)
-    start = bare_trainer("ntk-cl", {"fusion": kind}).state()
+    start = bare_trainer("ntk-cl", {"mode": "both", "fusion": kind}).state()
     fusion = {name: t for name, t in state(result).items() if name.startswith("fusion.")}
     assert fusion.keys() == {name for name in start if name.startswith("fusion.")}
     assert any(not torch.equal(fusion[name], start[name]) for name in fusion)
@@ -562,6 +562,21 @@ def test_float64_computes_in_float64_what_float32_computes(tmp_path: Path) -> No
     assert state(runs["float32"])["prototypes"].dtype == torch.float32
     for single, twice in zip(*(step_losses(run) for run in runs.values()), strict=True):
         assert single == pytest.approx(twice, rel=1e-3, abs=1e-4)
+
+
+def test_bfloat16_products_stay_near_float32_and_keep_all_else_in_it(tmp_path: Path) -> None:
+    # Protects: what is trained, summed and stored is float32; only the frozen products are rounded.
+    runs = {
+        precision: train(tmp_path / precision, small(), **ONE_TASK, precision=precision)
+        for precision in ("float32", "bfloat16")
+    }
+    exact, rounded = state(runs["float32"]), state(runs["bfloat16"])
+    assert {name: t.dtype for name, t in rounded.items()} == {n: t.dtype for n, t in exact.items()}
+    first = [step_losses(run)[0] for run in runs.values()]
+    assert first[0] != first[1]
+    assert first[0] == pytest.approx(first[1], rel=2e-2, abs=2e-2)
+    cosine = normalize(exact["prototypes"]) * normalize(rounded["prototypes"])
+    assert cosine.sum(1).min() > 0.999
 
 
 def test_the_faster_matrix_product_computes_the_same(tmp_path: Path) -> None:

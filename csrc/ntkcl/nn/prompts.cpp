@@ -20,8 +20,8 @@ std::vector<Generator> generators(const PromptList& list) {
   const auto gate = list.gate.defined() ? list.gate.unbind(0) : std::vector<at::Tensor>{};
   std::vector<Generator> result;
   for (size_t l = 0; l < mix_weight.size(); ++l) {
-    result.push_back({mix_weight[l], norm_weight[l], norm_bias[l],
-                      gate.empty() ? at::Tensor() : gate[l]});
+    result.push_back(
+        {mix_weight[l], norm_weight[l], norm_bias[l], gate.empty() ? at::Tensor() : gate[l]});
   }
   return result;
 }

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/ops/attention.h"
 
 namespace ntkcl::nn {
 namespace {
@@ -28,14 +29,9 @@ at::Tensor without_prompts(const at::Tensor& x, int64_t prompts) {  // tokens on
 }
 
 // softmax(q k^T / sqrt(d)) v, over (B, H, T, d). Torch's fused CPU kernel multiplies tile by tile,
-// which is slow where small products go to oneDNN one by one: there, two large products.
+// which is slower than two large products.
 at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
-  const bool onednn =
-      query.is_cpu() &&
-      (query.scalar_type() == at::kBFloat16 ||
-       (query.scalar_type() == at::kFloat &&
-        at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM));
-  if (!onednn) {
+  if (!query.is_cpu()) {
     return at::scaled_dot_product_attention(query, key, value);
   }
   const double scale = 1.0 / std::sqrt(static_cast<double>(query.size(-1)));
@@ -196,8 +192,8 @@ VisionTransformer VisionTransformer::to(at::ScalarType dtype, at::Device device,
                                         std::optional<at::ScalarType> products) const {
   VisionTransformer copy = *this;
   visit(copy, [&](const std::string& name, at::Tensor& tensor) {
-    const bool product = name.find(".attn.") != std::string::npos ||
-                         name.find(".mlp.") != std::string::npos;
+    const bool product =
+        name.find(".attn.") != std::string::npos || name.find(".mlp.") != std::string::npos;
     tensor = tensor.to(device, product ? products.value_or(dtype) : dtype);
   });
   return copy;
@@ -224,6 +220,21 @@ at::Tensor VisionTransformer::attention(int64_t block, const at::Tensor& x,
                                         const AttentionOptions& options) const {
   const Block& w = blocks_[static_cast<size_t>(block)];
   const at::Tensor y = layer_norm(x, w.norm1_weight, w.norm1_bias).to(product_type());
+  const at::Tensor mixed = x.is_cpu() && !options.class_token_only ? mix_packed(w, y, options)
+                                                                   : mix_heads(w, y, options);
+  const at::Tensor residual = options.class_token_only ? x.narrow(1, 0, 1) : x;
+  return residual + at::linear(mixed, w.proj_weight, w.proj_bias);
+}
+
+at::Tensor VisionTransformer::mix_packed(const Block& w, const at::Tensor& y,
+                                         const AttentionOptions& options) const {
+  const at::Tensor qkv = at::linear(y, w.qkv_weight, w.qkv_bias);
+  const auto gate = gate_of(options);
+  return std::get<0>(ops::attention(qkv, heads_, gate, gate ? options.prompts : 0));
+}
+
+at::Tensor VisionTransformer::mix_heads(const Block& w, const at::Tensor& y,
+                                        const AttentionOptions& options) const {
   const int64_t c = width_;
   at::Tensor query, key, value;
   if (options.class_token_only) {
@@ -243,17 +254,20 @@ at::Tensor VisionTransformer::attention(int64_t block, const at::Tensor& x,
   value = split_heads(value, heads_);
 
   at::Tensor mixed;
-  if (options.prompt_gate.defined() && options.prompts > 0) {
+  if (const auto gate = gate_of(options)) {
     const int64_t p = options.prompts;
     mixed = attend(query, without_prompts(key, p), without_prompts(value, p));
     const at::Tensor from_prompts = attend(query, key.narrow(2, 1, p), value.narrow(2, 1, p));
-    mixed = mixed + options.prompt_gate.to(product_type()).view({1, heads_, 1, 1}) * from_prompts;
+    mixed = mixed + gate->view({1, heads_, 1, 1}) * from_prompts;
   } else {
     mixed = attend(query, key, value);
   }
-  mixed = mixed.transpose(1, 2).reshape({x.size(0), -1, c});
-  const at::Tensor residual = options.class_token_only ? x.narrow(1, 0, 1) : x;
-  return residual + at::linear(mixed, w.proj_weight, w.proj_bias);
+  return mixed.transpose(1, 2).reshape({y.size(0), -1, c});
+}
+
+std::optional<at::Tensor> VisionTransformer::gate_of(const AttentionOptions& options) const {
+  const bool gated = options.prompt_gate.defined() && options.prompts > 0;
+  return gated ? std::optional(options.prompt_gate.to(product_type())) : std::nullopt;
 }
 
 at::Tensor VisionTransformer::mlp(int64_t block, const at::Tensor& hidden) const {

@@ -75,6 +75,11 @@ class VisionTransformer {
     at::Tensor norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias;
     at::Tensor norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias;
   };
+  // y (B, T, C) -> the heads' results side by side, (B, T, C), or (B, 1, C) for the class token.
+  // By our operator over packed heads, for every token; or by torch's, for all cases.
+  at::Tensor mix_packed(const Block& w, const at::Tensor& y, const AttentionOptions& options) const;
+  at::Tensor mix_heads(const Block& w, const at::Tensor& y, const AttentionOptions& options) const;
+  std::optional<at::Tensor> gate_of(const AttentionOptions& options) const;
   // Every tensor by its timm name.
   template <class Self, class Visitor>
   static void visit(Self& self, Visitor&& visitor);

@@ -1,16 +1,26 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "ntkcl/ops/attention.h"
 #include "ntkcl/ops/bias_relu_dropout.h"
 #include "ntkcl/ops/section_cosine.h"
 
-// What torch.autocast does to the arguments: the adapter's middle computes in x's type, so a
-// float32 bias is cast to it (once, as autocast keeps casts of parameters); cosines compute in
-// float32, as torch's own cosine_similarity does.
+// What torch.autocast does to the arguments: attention and the adapter's middle compute in the type
+// of qkv and x, so a float32 gate or bias is cast to it (once, as autocast keeps casts of
+// parameters); cosines compute in float32, as torch's own cosine_similarity does.
 namespace ntkcl::ops {
 namespace {
 
 using at::autocast::cached_cast;
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_autocast(
+    const at::Tensor& qkv, int64_t heads, const std::optional<at::Tensor>& gate, int64_t prompts) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+  const auto cast = [&](const at::Tensor& t) {
+    return cached_cast(qkv.scalar_type(), t, qkv.device().type());
+  };
+  return attention(qkv, heads, gate ? std::optional(cast(*gate)) : std::nullopt, prompts);
+}
 
 at::Tensor bias_relu_dropout_autocast(const at::Tensor& x, const at::Tensor& bias,
                                       const std::optional<at::Tensor>& mask,
@@ -31,11 +41,13 @@ at::Tensor section_cosine_autocast(const at::Tensor& x, const at::Tensor& protot
 }  // namespace
 
 TORCH_LIBRARY_IMPL(ntkcl, AutocastCPU, m) {
+  m.impl("attention", &attention_autocast);
   m.impl("bias_relu_dropout", &bias_relu_dropout_autocast);
   m.impl("section_cosine", &section_cosine_autocast);
 }
 
 TORCH_LIBRARY_IMPL(ntkcl, AutocastCUDA, m) {
+  m.impl("attention", &attention_autocast);
   m.impl("bias_relu_dropout", &bias_relu_dropout_autocast);
   m.impl("section_cosine", &section_cosine_autocast);
 }

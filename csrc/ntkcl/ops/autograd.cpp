@@ -2,6 +2,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "ntkcl/ops/attention.h"
 #include "ntkcl/ops/bias_relu_dropout.h"
 #include "ntkcl/ops/section_cosine.h"
 
@@ -14,6 +15,29 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
+
+struct AttentionFunction : Function<AttentionFunction> {
+  static variable_list forward(AutogradContext* context, const at::Tensor& qkv, int64_t heads,
+                               const std::optional<at::Tensor>& gate, int64_t prompts) {
+    const AutoDispatchBelowADInplaceOrView guard;
+    auto [out, weights, prompt_weights] = attention(qkv, heads, gate, prompts);
+    context->save_for_backward({qkv, weights, prompt_weights, gate.value_or(at::Tensor())});
+    context->mark_non_differentiable({weights, prompt_weights});
+    context->saved_data["heads"] = heads;
+    context->saved_data["prompts"] = prompts;
+    return {out, weights, prompt_weights};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    const Variable& gate = saved[3];
+    auto [dqkv, dgate] = attention_backward(grads[0], saved[0], saved[1], saved[2],
+                                            context->saved_data["heads"].toInt(),
+                                            gate.defined() ? std::optional(gate) : std::nullopt,
+                                            context->saved_data["prompts"].toInt());
+    return {dqkv, Variable(), gate.defined() ? dgate : Variable(), Variable()};
+  }
+};
 
 struct BiasReluDropoutFunction : Function<BiasReluDropoutFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& bias,
@@ -58,6 +82,12 @@ struct SectionCosineFunction : Function<SectionCosineFunction> {
   }
 };
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_autograd(
+    const at::Tensor& qkv, int64_t heads, const std::optional<at::Tensor>& gate, int64_t prompts) {
+  const variable_list results = AttentionFunction::apply(qkv, heads, gate, prompts);
+  return {results[0], results[1], results[2]};
+}
+
 at::Tensor bias_relu_dropout_autograd(const at::Tensor& x, const at::Tensor& bias,
                                       const std::optional<at::Tensor>& mask,
                                       const std::optional<at::Tensor>& key, double p) {
@@ -72,9 +102,11 @@ at::Tensor section_cosine_autograd(const at::Tensor& x, const at::Tensor& protot
 }  // namespace
 
 TORCH_LIBRARY_IMPL(ntkcl, Autograd, m) {
+  m.impl("attention", &attention_autograd);
   m.impl("bias_relu_dropout", &bias_relu_dropout_autograd);
   m.impl("section_cosine", &section_cosine_autograd);
   // Second derivatives are an error when asked for, not silently zero.
+  m.impl("attention_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("bias_relu_dropout_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("section_cosine_backward", torch::autograd::autogradNotImplementedFallback());
 }

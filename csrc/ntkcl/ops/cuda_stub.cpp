@@ -2,7 +2,8 @@
 
 #include "ntkcl/ops/checks.h"
 
-// For builds without CUDA: every operator's CUDA kernel is an error that says so.
+// For builds without CUDA: a CUDA kernel that is not there is an error that says so. Operators that
+// are made of torch's own on CUDA (attention) need none.
 namespace ntkcl::ops {
 namespace {
 

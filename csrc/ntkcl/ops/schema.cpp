@@ -15,12 +15,18 @@
 //                         the current stream, C10_CUDA_CHECK. The host never waits for the device.
 //   6. ops/autograd.cpp   The autograd function, in one file for all as its header costs 10 s.
 //                         ops/autocast.cpp: what torch.autocast does to the arguments.
-//   7. ops/cuda_stub.cpp  The name, so that builds without CUDA give a clear error.
+//   7. ops/cuda_stub.cpp  The name, so that builds without CUDA give a clear error. An operator
+//                         that on CUDA is made of torch's own (attention) skips 5 and 7.
 //   8. python/ntkcl/ops.py, a sample in tests/python/test_ops.py, a case in benchmarks/ops.py.
 //
 // Types: float32, float64, bfloat16 (computed with as float32). Non-contiguous inputs are copied.
 // Random numbers: a key tensor, never a generator, so that all devices draw the same.
 TORCH_LIBRARY(ntkcl, m) {
+  m.def("attention(Tensor qkv, int heads, Tensor? gate, int prompts) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor qkv, Tensor weights, Tensor prompt_weights, int "
+      "heads,"
+      " Tensor? gate, int prompts) -> (Tensor, Tensor)");
   m.def("bias_relu_dropout(Tensor x, Tensor bias, Tensor? mask, Tensor? key, float p) -> Tensor");
   m.def("bias_relu_dropout_backward(Tensor grad, Tensor y, float p) -> (Tensor, Tensor)");
   m.def("philox_keep_mask(Tensor key, SymInt[] size, float p) -> Tensor");

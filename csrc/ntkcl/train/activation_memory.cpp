@@ -14,8 +14,8 @@
 namespace ntkcl::train {
 namespace {
 
-constexpr size_t kHeader = 64;                 // before the data, which stays aligned to it
-constexpr size_t kKept = size_t{1} << 16;      // smaller blocks are malloc's
+constexpr size_t kHeader = 64;             // before the data, which stays aligned to it
+constexpr size_t kKept = size_t{1} << 16;  // smaller blocks are malloc's
 constexpr size_t kHugePage = size_t{1} << 21;
 
 // What stands before the data of a block.
@@ -69,7 +69,7 @@ class Cache : public c10::Allocator {
   }
 
  private:
-  static constexpr uint8_t kPriority = 100;
+  static constexpr uint8_t kPriority = 0;  // as torch's own, so that nothing is left behind
 
   static size_t small_size(size_t bytes) {
     return (bytes + kHeader + kHeader - 1) / kHeader * kHeader;

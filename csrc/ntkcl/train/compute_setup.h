@@ -13,6 +13,7 @@ namespace ntkcl::train {
 // Where and in what the arithmetic runs. ValueError for a device that is not there.
 at::Device resolve_device(const std::string& name);
 at::ScalarType resolve_precision(const std::string& name);
+// The type of the frozen backbone's products where it is not that of all else.
 std::optional<at::ScalarType> resolve_products(const std::string& name);
 
 // Whether at::linear in float32 with torch's matmul precision "medium" still computes in float32 on
@@ -20,9 +21,9 @@ std::optional<at::ScalarType> resolve_products(const std::string& name);
 // Decided by comparing one product with float64.
 bool medium_matmul_is_float32();
 
-// Sets thread count, determinism, matmul library and CPU memory for a run, and restores them at its end.
-// Torch's filling of new tensors, meant to show reads of memory never written, is off: it costs 5 %
-// of a step.
+// Sets thread count, determinism, matmul library and CPU memory for a run, and restores them at its
+// end. Torch's filling of new tensors, meant to show reads of memory never written, is off: it
+// costs 5 % of a step.
 class ComputeScope {
  public:
   ComputeScope(const TrainOptions& options, at::Device device);

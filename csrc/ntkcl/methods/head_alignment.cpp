@@ -1,0 +1,112 @@
+#include "ntkcl/methods/head_alignment.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <cmath>
+#include <numbers>
+
+#include "ntkcl/core/error.h"
+#include "ntkcl/optim/optimizer.h"
+
+namespace ntkcl::methods {
+namespace {
+
+constexpr double kVarianceFloor = 1e-4;
+constexpr double kLayerNormEps = 1e-6;
+
+// Numbers of the draws of clusters that are drawn from, in order.
+at::Tensor usable_draws(const FeatureClusters& clusters, int64_t rows) {
+  const at::Tensor varies = clusters.variances.gt(0).any(2).flatten().cpu();  // (n * K)
+  const at::Tensor first = varies.nonzero() * rows;                           // (m, 1)
+  return (first + at::arange(rows, at::kLong)).flatten();
+}
+
+at::Tensor logits_of(const Head& head, const at::Tensor& features, int64_t seen) {
+  at::Tensor x = features;
+  if (head.norm_weight.defined()) {
+    x = at::layer_norm(x, {x.size(1)}, head.norm_weight, head.norm_bias, kLayerNormEps);
+  }
+  return at::linear(x, head.weight.narrow(0, 0, seen), head.bias.narrow(0, 0, seen));
+}
+
+std::vector<at::Tensor> trained(const Head& head) {
+  std::vector<at::Tensor> tensors{head.weight, head.bias};
+  if (head.norm_weight.defined()) {
+    tensors.push_back(head.norm_weight);
+    tensors.push_back(head.norm_bias);
+  }
+  return tensors;
+}
+
+}  // namespace
+
+std::pair<at::Tensor, at::Tensor> cluster_moments(const at::Tensor& rows, const at::Tensor& labels,
+                                                  int64_t clusters) {
+  const at::Tensor counts = at::bincount(labels, {}, clusters);
+  NTKCL_CHECK(counts.size(0) == clusters && counts.gt(0).all().item<bool>(), "head_alignment",
+              "expected a row in each of ", clusters, " clusters");
+  const at::Tensor n = counts.unsqueeze(1).to(rows.scalar_type());
+  const auto mean_of = [&](const at::Tensor& x) {
+    return at::zeros({clusters, x.size(1)}, x.options()).index_add_(0, labels, x) / n;
+  };
+  const at::Tensor means = mean_of(rows);
+  return {means, mean_of((rows - means.index_select(0, labels)).square())};
+}
+
+std::vector<double> align_head(Head head, const FeatureClusters& clusters, int64_t n_old,
+                               const HeadAlignmentOptions& options, const AlignmentDraws& draws) {
+  const int64_t seen = clusters.means.size(0), rows = options.rows;
+  const int64_t of_class = clusters.means.size(1) * rows;
+  NTKCL_CHECK(clusters.means.sizes() == clusters.variances.sizes() && clusters.means.dim() == 3 &&
+                  seen <= head.weight.size(0),
+              "head_alignment", "expected means and variances (n, K, C) of at most ",
+              head.weight.size(0), " classes, got ", clusters.means.sizes(), " and ",
+              clusters.variances.sizes());
+  NTKCL_CHECK(0 <= n_old && n_old < seen, "head_alignment", "expected 0 to ", seen - 1,
+              " old classes, got ", n_old);
+  const at::AutoGradMode record(true);
+  const std::vector<at::Tensor> parameters = trained(head);
+  for (const at::Tensor& parameter : parameters) {
+    parameter.requires_grad_(true);
+  }
+  optim::OptimizerOptions sgd;
+  sgd.kind = "sgd";
+  sgd.momentum = options.momentum;
+  sgd.weight_decay = 0;
+  const auto optimizer = optim::make_optimizer(sgd, {{.name = "head", .parameters = parameters}});
+
+  const at::Tensor means = clusters.means.flatten(0, 1);
+  const at::Tensor deviations = (clusters.variances.flatten(0, 1) + kVarianceFloor).sqrt();
+  const at::Tensor usable = usable_draws(clusters, rows);
+  const int64_t used = std::min(n_old * rows, usable.size(0));
+  std::vector<double> losses;
+  for (int64_t epoch = 0; epoch < options.epochs; ++epoch) {
+    const double turn =
+        std::numbers::pi * static_cast<double>(epoch) / static_cast<double>(options.epochs);
+    optimizer->set_learning_rate(0.5 * options.learning_rate * (1 + std::cos(turn)));
+    const at::Tensor order = draws.permutation(epoch, usable.size(0)).narrow(0, 0, used);
+    const at::Tensor numbers = usable.index_select(0, order);
+    const at::Tensor cluster = numbers.div(rows, "floor").to(means.device());
+    const at::Tensor features = means.index_select(0, cluster) +
+                                deviations.index_select(0, cluster) * draws.normals(epoch, numbers);
+    const at::Tensor labels = numbers.div(of_class, "floor").to(means.device());
+    for (int64_t first = 0; first < used; first += rows) {
+      const int64_t count = std::min(rows, used - first);
+      optimizer->step([&](int) {
+        const at::Tensor loss =
+            at::cross_entropy_loss(logits_of(head, features.narrow(0, first, count), seen),
+                                   labels.narrow(0, first, count));
+        losses.push_back(loss.item<double>());
+        loss.backward();
+      });
+    }
+  }
+  for (const at::Tensor& parameter : parameters) {
+    parameter.mutable_grad().reset();
+    parameter.requires_grad_(false);
+  }
+  return losses;
+}
+
+}  // namespace ntkcl::methods

@@ -1,0 +1,51 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <utility>
+#include <vector>
+
+namespace ntkcl::methods {
+
+// Task-adaptive prediction of LoRAC-IPC: the head alone is trained again on features drawn from
+// the Gaussians that are kept of every class seen (arXiv 2504.13407; specification section 7).
+
+// Diagonal Gaussians of each class's clusters, over features as they come.
+struct FeatureClusters {
+  at::Tensor means;      // (n, K, C)
+  at::Tensor variances;  // (n, K, C), biased; a cluster of variance 0 is not drawn from
+};
+
+// Mean and biased variance of each cluster: rows (m, C), labels (m) int64 -> (K, C) twice.
+std::pair<at::Tensor, at::Tensor> cluster_moments(const at::Tensor& rows, const at::Tensor& labels,
+                                                  int64_t clusters);
+
+struct HeadAlignmentOptions {
+  int64_t epochs = 50;
+  double learning_rate = 0.005;  // of the first epoch; cosine to 0
+  double momentum = 0.9;
+  int64_t rows = 320;  // n_s: draws of each cluster in an epoch, and of a step
+};
+
+// What is trained: logits = weight norm(f) + bias over all classes, of which the first n are seen.
+struct Head {
+  at::Tensor weight, bias;            // (classes, C), (classes)
+  at::Tensor norm_weight, norm_bias;  // (C), undefined without a LayerNorm before the head
+};
+
+// The random numbers of an epoch, whose n * K * n_s draws are numbered by class, cluster, draw.
+struct AlignmentDraws {
+  // A random order of `count` draws.
+  std::function<at::Tensor(int64_t epoch, int64_t count)> permutation;
+  // Standard normals of the draws of these numbers: int64 (m) -> (m, C).
+  std::function<at::Tensor(int64_t epoch, const at::Tensor& numbers)> normals;
+};
+
+// n_old steps an epoch over the epoch's draws in random order, SGD; draws that no step uses are not
+// made. Changes the head in place and returns each step's cross-entropy, over the seen classes.
+std::vector<double> align_head(Head head, const FeatureClusters& clusters, int64_t n_old,
+                               const HeadAlignmentOptions& options, const AlignmentDraws& draws);
+
+}  // namespace ntkcl::methods

@@ -1,0 +1,95 @@
+#include "ntkcl/methods/lorac_ipc/importance.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "ntkcl/core/error.h"
+
+namespace ntkcl::methods::lorac_ipc {
+namespace {
+
+constexpr const char* kWhere = "importance";
+
+// k of the specification.
+int64_t count_to_freeze(const std::vector<double>& scores, const Selection& selection) {
+  const int64_t counted = selection.of_new ? static_cast<int64_t>(scores.size()) -
+                                                 std::count(scores.begin(), scores.end(), 0.0)
+                                           : static_cast<int64_t>(scores.size());
+  return static_cast<int64_t>(std::floor(static_cast<double>(counted) * selection.threshold));
+}
+
+// Which matrices freeze, by their places in `scores`.
+std::vector<size_t> chosen_exactly(const std::vector<double>& scores, int64_t k) {
+  std::vector<size_t> places;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    if (scores[i] > 0) {
+      places.push_back(i);
+    }
+  }
+  std::stable_sort(places.begin(), places.end(),
+                   [&](size_t a, size_t b) { return scores[a] > scores[b]; });
+  places.resize(std::min(places.size(), static_cast<size_t>(k)));
+  return places;
+}
+
+std::vector<size_t> chosen_as_released(const std::vector<double>& scores, int64_t k) {
+  NTKCL_CHECK(k > 0, kWhere, "the released selection cannot freeze 0 matrices: expected a larger ",
+              "threshold, or selection = exact");
+  std::vector<double> sorted = scores;
+  std::sort(sorted.rbegin(), sorted.rend());
+  const double cut = sorted[static_cast<size_t>(k) - 1];
+  std::vector<size_t> places;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    if (scores[i] >= cut) {
+      places.push_back(i);
+    }
+  }
+  return places;
+}
+
+}  // namespace
+
+void ImportanceAverage::add(const at::Tensor& importance) {
+  if (!mean_.defined()) {
+    mean_ = at::zeros_like(importance);
+    uncertainty_ = at::zeros_like(importance);
+  }
+  mean_ = mean_decay_ * mean_ + (1 - mean_decay_) * importance;
+  uncertainty_ =
+      uncertainty_decay_ * uncertainty_ + (1 - uncertainty_decay_) * (importance - mean_).abs();
+}
+
+at::Tensor ImportanceAverage::score() const {
+  return mean_.defined() ? mean_ * uncertainty_ : at::Tensor();
+}
+
+at::Tensor mean_importance(const at::Tensor& weight, const at::Tensor& gradient) {
+  return (weight * gradient).abs().mean({-2, -1});
+}
+
+at::Tensor freeze_important(const at::Tensor& mask, const at::Tensor& score,
+                            const Selection& selection) {
+  NTKCL_CHECK(mask.sizes() == score.sizes(), kWhere, "expected a mask of the score's shape ",
+              score.sizes(), ", got ", mask.sizes());
+  NTKCL_CHECK(0 <= selection.threshold && selection.threshold <= 1, kWhere,
+              "expected a threshold from 0 to 1, got ", selection.threshold);
+  at::Tensor next = mask.clone(at::MemoryFormat::Contiguous);
+  if (selection.threshold == 0) {
+    return next;
+  }
+  const at::Tensor free =
+      (score * mask).to(at::kCPU, at::kDouble).contiguous();  // a frozen matrix scores 0
+  const double* values = free.const_data_ptr<double>();
+  const std::vector<double> scores(values, values + free.numel());
+  const int64_t k = count_to_freeze(scores, selection);
+  for (const size_t place :
+       selection.rule == "release" ? chosen_as_released(scores, k) : chosen_exactly(scores, k)) {
+    next.view(-1)[static_cast<int64_t>(place)] = 0;
+  }
+  return next;
+}
+
+}  // namespace ntkcl::methods::lorac_ipc

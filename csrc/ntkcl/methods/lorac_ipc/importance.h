@@ -1,0 +1,54 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+
+// Important-parameter constraints: which weight matrices a task has made important, and which of
+// them freeze (arXiv 2504.13407; specification section 4). A matrix is one type m in one block l.
+namespace ntkcl::methods::lorac_ipc {
+
+// The smoothed importance and uncertainty of each matrix over the steps of a task:
+//
+//   I = mean_ij |W_ij G_ij|,  mean <- a mean + (1 - a) I,  doubt <- b doubt + (1 - b) |I - mean|
+//
+// with the updated mean; both start at 0. The score is their product.
+class ImportanceAverage {
+ public:
+  ImportanceAverage(double mean_decay, double uncertainty_decay)
+      : mean_decay_(mean_decay), uncertainty_decay_(uncertainty_decay) {}
+
+  // importance (types, blocks) of one step.
+  void add(const at::Tensor& importance);
+  // (types, blocks); undefined before the first step.
+  at::Tensor score() const;
+  const at::Tensor& mean() const { return mean_; }
+  const at::Tensor& uncertainty() const { return uncertainty_; }
+
+ private:
+  double mean_decay_, uncertainty_decay_;
+  at::Tensor mean_, uncertainty_;
+};
+
+// mean |W * G| over the last two dimensions.
+at::Tensor mean_importance(const at::Tensor& weight, const at::Tensor& gradient);
+
+struct Selection {
+  double threshold = 0.05;     // share of the matrices that freezes after each task; 0: none
+  bool of_new = false;         // share of the matrices of non-zero score instead (`new_mask`)
+  std::string rule = "exact";  // repair 12.2
+};
+
+// The masks in force during the next task: 1 free, 0 frozen for good. mask and score (types,
+// blocks); the score of a frozen matrix does not count.
+//
+//   exact     freezes the k free matrices of highest positive score, fewer if there are fewer;
+//             among equals the earlier type, then the earlier block
+//   release   freezes every matrix whose score is at least the k-th highest, frozen ones counting
+//             as 0; ValueError where k = 0, as the released code cannot do it
+//
+// with k = floor(count * threshold).
+at::Tensor freeze_important(const at::Tensor& mask, const at::Tensor& score,
+                            const Selection& selection);
+
+}  // namespace ntkcl::methods::lorac_ipc
