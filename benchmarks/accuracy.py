@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py                             # the three methods, all seeds
     python benchmarks/accuracy.py --list                      # what there is, what is recorded
-    python benchmarks/accuracy.py --validation 0.25 --only corrected corrected-channel --seeds 0
+    python benchmarks/accuracy.py --validation 0.25 --only corrected corrected-both --seeds 0
     python benchmarks/accuracy.py --report                    # write docs/results.md
 
 What is recorded is not run again, so the benchmark can be stopped (Ctrl-C, SIGTERM) and continued

@@ -74,6 +74,10 @@ def _corrected(about: str, **options: Any) -> Run:
     return Run("ntk-cl", "corrected", about, _section(options))
 
 
+def _both(about: str, **options: Any) -> Run:
+    return _corrected(f"both sub-networks, {about}", mode="both", **options)
+
+
 def _section(options: Mapping[str, Any]) -> dict[str, Any]:
     return _CIFAR100 | {f"ntk_cl.{key}": value for key, value in options.items()}
 
@@ -94,32 +98,30 @@ RUNS: Mapping[str, Run] = {
     "release-scale-1": _release("adapters' scale 1", channel_scale=1.0),
     "release-drift": _release("drift compensation", drift_compensation=True),
     # One repair taken from the corrected variant.
-    "corrected-dead-prompts": _corrected("prompts dead", prompts="dead"),
-    "corrected-attention": _corrected("fusion as released", fusion="attention"),
-    "corrected-signed-sum": _corrected("L_orth as released", orth="signed_sum"),
-    "corrected-release-dis": _corrected("L_dis as released", dissimilarity="release"),
     "corrected-sigma-1": _corrected(
         "head's scale 1, decayed", head_sigma_init=1.0, head_sigma_decays=True
     ),
     "corrected-scale-0.1": _corrected("adapters' scale 0.1", channel_scale=0.1),
     "corrected-no-drift": _corrected("no drift compensation", drift_compensation=False),
-    # Other choices within the corrected variant.
-    "corrected-channel": _corrected("channel sub-network alone", mode="channel"),
+    # Other choices within it.
+    "corrected-both": _corrected("both sub-networks and their fusion", mode="both"),
     "corrected-patch": _corrected("patch sub-network alone", mode="patch"),
-    "corrected-channel-no-drift": _corrected(
-        "channel sub-network alone, no drift compensation", mode="channel", drift_compensation=False
-    ),
     "corrected-pretrained": _corrected(
         "with the plain backbone's section", pretrained_feature=True
     ),
     "corrected-scale-0.3": _corrected("adapters' scale 0.3", channel_scale=0.3),
     "corrected-sigma-8": _corrected("head's scale 8", head_sigma_init=8.0),
-    "corrected-prompt-scale-1": _corrected("prompts' scale 1", prompt_scale=1.0),
-    "corrected-eta-0": _corrected("no L_dis", eta=0.0),
-    "corrected-eta-0.2": _corrected("eta 0.2", eta=0.2),
-    "corrected-upsilon-0": _corrected("no L_orth", upsilon=0.0),
     "corrected-later-lr-0.1": _corrected("learning rate x 0.1 after task 1", later_lr_factor=0.1),
     "corrected-first-task": _corrected("trained in the first task alone", first_task_only=True),
+    # With both sub-networks: one repair taken away, or another choice.
+    "both-dead-prompts": _both("prompts dead", prompts="dead"),
+    "both-attention": _both("fusion as released", fusion="attention"),
+    "both-signed-sum": _both("L_orth as released", orth="signed_sum"),
+    "both-release-dis": _both("L_dis as released", dissimilarity="release"),
+    "both-prompt-scale-1": _both("prompts' scale 1", prompt_scale=1.0),
+    "both-eta-0": _both("no L_dis", eta=0.0),
+    "both-eta-0.2": _both("eta 0.2", eta=0.2),
+    "both-upsilon-0": _both("no L_orth", upsilon=0.0),
 }
 NORMALIZATIONS = ("none", "weights")
 

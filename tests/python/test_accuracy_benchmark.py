@@ -239,7 +239,7 @@ def test_the_report_warns_of_seeds_run_with_different_settings() -> None:
 
 
 def test_validation_and_ablations_stand_apart_from_the_main_comparison() -> None:
-    ablation = fabricated("corrected-channel", "weights", 0, 77.0)
+    ablation = fabricated("corrected-both", "weights", 0, 77.0)
     choice = fabricated("corrected-patch", "weights", 0, 33.0, validation=0.25)
     text = report.render([*full_comparison(), ablation], [choice])
     main, rest = text.split("### Other settings, on the test images")

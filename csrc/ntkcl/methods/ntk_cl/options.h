@@ -7,7 +7,7 @@ namespace ntkcl::methods::ntk_cl {
 // Defaults that both variants share; variants() holds what `release` and `corrected` set.
 // Symbols and sections: Liu et al., arXiv 2407.17120.
 struct Options {
-  std::string mode = "both";
+  std::string mode = "channel";
   int64_t frozen_lists = 1;
   bool pretrained_feature = false;
   int64_t rank = 16;
@@ -84,10 +84,15 @@ struct Options {
 
 // The released arithmetic, item by item of section 8.
 inline OptionMap release_values() {
-  return {{"prompts", std::string("dead")},    {"fusion", std::string("attention")},
-          {"orth", std::string("signed_sum")}, {"dissimilarity", std::string("release")},
-          {"ema_count", std::string("task")},  {"head_sigma_init", 1.0},
-          {"head_sigma_decays", true},         {"channel_scale", 0.1},
+  return {{"mode", std::string("both")},
+          {"prompts", std::string("dead")},
+          {"fusion", std::string("attention")},
+          {"orth", std::string("signed_sum")},
+          {"dissimilarity", std::string("release")},
+          {"ema_count", std::string("task")},
+          {"head_sigma_init", 1.0},
+          {"head_sigma_decays", true},
+          {"channel_scale", 0.1},
           {"drift_compensation", false}};
 }
 
