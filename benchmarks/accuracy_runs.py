@@ -105,6 +105,9 @@ RUNS: Mapping[str, Run] = {
     "corrected-no-drift": _corrected("no drift compensation", drift_compensation=False),
     # Other choices within it.
     "corrected-both": _corrected("both sub-networks and their fusion", mode="both"),
+    "corrected-float32": Run(
+        "ntk-cl", "corrected", "every product in float32", _CIFAR100 | {"precision": "auto"}
+    ),
     "corrected-patch": _corrected("patch sub-network alone", mode="patch"),
     "corrected-pretrained": _corrected(
         "with the plain backbone's section", pretrained_feature=True
