@@ -61,7 +61,7 @@ TEST_CASE("memory in use twice ends with the last user", "[memory]") {
   CHECK(kept != before);
 }
 
-TEST_CASE("threads allocate and free each other's tensors", "[memory]") {
+TEST_CASE("threads allocate at once and leave their tensors to another", "[memory]") {
   const ActivationMemory memory;
   std::vector<at::Tensor> made(4);
   std::vector<std::thread> threads;

@@ -161,6 +161,11 @@ def test_selection_refuses_what_cannot_be():
     for threshold in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="expected a threshold from 0 to 1"):
             _C.freeze_important(mask, score, threshold)
+    with pytest.raises(ValueError, match="expected the rule exact or release, got 'relase'"):
+        _C.freeze_important(mask, score, 0.1, rule="relase")
+    for rule in ("exact", "release"):
+        with pytest.raises(FloatingPointError, match="expected finite scores"):
+            _C.freeze_important(mask, score * torch.nan, 0.1, rule=rule)
     with pytest.raises(ValueError, match=r"mask of the score's shape \[6, 3\], got \[6, 2\]"):
         _C.freeze_important(mask[:, :2], score, 0.1)
 
@@ -309,7 +314,7 @@ def test_head_alignment_refuses_what_cannot_be():
     moments = torch.zeros(2, 1, 4)
     with pytest.raises(ValueError, match="expected 0 to 1 old classes, got 2"):
         _C.align_head(*head, moments, moments, 2, 1, 0.1, 5, draws)
-    with pytest.raises(ValueError, match="of at most 3 classes, got"):
+    with pytest.raises(ValueError, match=r"\(n, K, C\) for a head \[3, 4\], got"):
         _C.align_head(*head, moments, torch.zeros(2, 2, 4), 1, 1, 0.1, 5, draws)
     with pytest.raises(ValueError, match="a row in each of 3 clusters"):
         _C.cluster_moments(torch.zeros(2, 4), torch.tensor([0, 2]), 3)

@@ -40,7 +40,8 @@ struct MergeHeads {
   Compute<T> scale = 1;
 };
 
-// x = softmax(x), row by row and in place. A row of a NaN or an infinity is NaN.
+// x = softmax(x), row by row and in place. A NaN or a positive infinity makes its row NaN; a
+// negative infinity has weight 0.
 template <class T>
 struct Softmax {
   T* x = nullptr;  // (rows, columns)

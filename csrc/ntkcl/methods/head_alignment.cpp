@@ -12,12 +12,13 @@
 namespace ntkcl::methods {
 namespace {
 
+constexpr const char* kWhere = "head_alignment";
 constexpr double kVarianceFloor = 1e-4;
 constexpr double kLayerNormEps = 1e-6;
 
 // Numbers of the draws of clusters that are drawn from, in order.
 at::Tensor usable_draws(const FeatureClusters& clusters, int64_t rows) {
-  const at::Tensor varies = clusters.variances.gt(0).any(2).flatten().cpu();  // (n * K)
+  const at::Tensor varies = clusters.variances.ne(0).any(2).flatten().cpu();  // (n * K)
   const at::Tensor first = varies.nonzero() * rows;                           // (m, 1)
   return (first + at::arange(rows, at::kLong)).flatten();
 }
@@ -28,6 +29,54 @@ at::Tensor logits_of(const Head& head, const at::Tensor& features, int64_t seen)
     x = at::layer_norm(x, {x.size(1)}, head.norm_weight, head.norm_bias, kLayerNormEps);
   }
   return at::linear(x, head.weight.narrow(0, 0, seen), head.bias.narrow(0, 0, seen));
+}
+
+// Requires gradients of tensors while it lives.
+class Training {
+ public:
+  explicit Training(std::vector<at::Tensor> tensors) : tensors_(std::move(tensors)) {
+    for (const at::Tensor& tensor : tensors_) {
+      tensor.requires_grad_(true);
+    }
+  }
+  ~Training() {
+    for (const at::Tensor& tensor : tensors_) {
+      tensor.mutable_grad().reset();
+      tensor.requires_grad_(false);
+    }
+  }
+  Training(const Training&) = delete;
+  Training& operator=(const Training&) = delete;
+
+ private:
+  std::vector<at::Tensor> tensors_;
+};
+
+// One copy to the host for all steps.
+std::vector<double> finite_values(const std::vector<at::Tensor>& losses) {
+  if (losses.empty()) {
+    return {};
+  }
+  const at::Tensor host = at::stack(losses).to(at::kCPU, at::kDouble);
+  const double* values = host.const_data_ptr<double>();
+  const std::vector<double> result(values, values + losses.size());
+  for (size_t step = 0; step < result.size(); ++step) {
+    if (!std::isfinite(result[step])) {
+      NTKCL_FAIL(NumericalError, kWhere, "the cross-entropy is ", result[step], " at step ", step);
+    }
+  }
+  return result;
+}
+
+void check_alignment(const Head& head, const FeatureClusters& clusters, int64_t n_old) {
+  const at::Tensor& means = clusters.means;
+  NTKCL_CHECK(means.dim() == 3 && means.sizes() == clusters.variances.sizes() &&
+                  head.weight.dim() == 2 && means.size(0) <= head.weight.size(0) &&
+                  means.size(2) == head.weight.size(1),
+              kWhere, "expected means and variances (n, K, C) for a head ", head.weight.sizes(),
+              ", got ", means.sizes(), " and ", clusters.variances.sizes());
+  NTKCL_CHECK(0 <= n_old && n_old < means.size(0), kWhere, "expected 0 to ", means.size(0) - 1,
+              " old classes, got ", n_old);
 }
 
 std::vector<at::Tensor> trained(const Head& head) {
@@ -43,8 +92,10 @@ std::vector<at::Tensor> trained(const Head& head) {
 
 std::pair<at::Tensor, at::Tensor> cluster_moments(const at::Tensor& rows, const at::Tensor& labels,
                                                   int64_t clusters) {
+  NTKCL_CHECK(rows.dim() == 2 && labels.dim() == 1 && rows.size(0) == labels.size(0), kWhere,
+              "expected rows (m, C) and labels (m), got ", rows.sizes(), " and ", labels.sizes());
   const at::Tensor counts = at::bincount(labels, {}, clusters);
-  NTKCL_CHECK(counts.size(0) == clusters && counts.gt(0).all().item<bool>(), "head_alignment",
+  NTKCL_CHECK(counts.size(0) == clusters && counts.gt(0).all().item<bool>(), kWhere,
               "expected a row in each of ", clusters, " clusters");
   const at::Tensor n = counts.unsqueeze(1).to(rows.scalar_type());
   const auto mean_of = [&](const at::Tensor& x) {
@@ -56,20 +107,12 @@ std::pair<at::Tensor, at::Tensor> cluster_moments(const at::Tensor& rows, const 
 
 std::vector<double> align_head(Head head, const FeatureClusters& clusters, int64_t n_old,
                                const HeadAlignmentOptions& options, const AlignmentDraws& draws) {
+  check_alignment(head, clusters, n_old);
   const int64_t seen = clusters.means.size(0), rows = options.rows;
   const int64_t of_class = clusters.means.size(1) * rows;
-  NTKCL_CHECK(clusters.means.sizes() == clusters.variances.sizes() && clusters.means.dim() == 3 &&
-                  seen <= head.weight.size(0),
-              "head_alignment", "expected means and variances (n, K, C) of at most ",
-              head.weight.size(0), " classes, got ", clusters.means.sizes(), " and ",
-              clusters.variances.sizes());
-  NTKCL_CHECK(0 <= n_old && n_old < seen, "head_alignment", "expected 0 to ", seen - 1,
-              " old classes, got ", n_old);
   const at::AutoGradMode record(true);
   const std::vector<at::Tensor> parameters = trained(head);
-  for (const at::Tensor& parameter : parameters) {
-    parameter.requires_grad_(true);
-  }
+  const Training training(parameters);
   optim::OptimizerOptions sgd;
   sgd.kind = "sgd";
   sgd.momentum = options.momentum;
@@ -80,7 +123,7 @@ std::vector<double> align_head(Head head, const FeatureClusters& clusters, int64
   const at::Tensor deviations = (clusters.variances.flatten(0, 1) + kVarianceFloor).sqrt();
   const at::Tensor usable = usable_draws(clusters, rows);
   const int64_t used = std::min(n_old * rows, usable.size(0));
-  std::vector<double> losses;
+  std::vector<at::Tensor> losses;
   for (int64_t epoch = 0; epoch < options.epochs; ++epoch) {
     const double turn =
         std::numbers::pi * static_cast<double>(epoch) / static_cast<double>(options.epochs);
@@ -97,16 +140,12 @@ std::vector<double> align_head(Head head, const FeatureClusters& clusters, int64
         const at::Tensor loss =
             at::cross_entropy_loss(logits_of(head, features.narrow(0, first, count), seen),
                                    labels.narrow(0, first, count));
-        losses.push_back(loss.item<double>());
+        losses.push_back(loss.detach());
         loss.backward();
       });
     }
   }
-  for (const at::Tensor& parameter : parameters) {
-    parameter.mutable_grad().reset();
-    parameter.requires_grad_(false);
-  }
-  return losses;
+  return finite_values(losses);
 }
 
 }  // namespace ntkcl::methods

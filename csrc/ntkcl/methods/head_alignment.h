@@ -37,14 +37,15 @@ struct Head {
 
 // The random numbers of an epoch, whose n * K * n_s draws are numbered by class, cluster, draw.
 struct AlignmentDraws {
-  // A random order of `count` draws.
+  // A random order of `count` draws: int64 (count) on the CPU.
   std::function<at::Tensor(int64_t epoch, int64_t count)> permutation;
-  // Standard normals of the draws of these numbers: int64 (m) -> (m, C).
+  // Standard normals of the draws of these numbers: int64 (m) -> (m, C) of the means' type, device.
   std::function<at::Tensor(int64_t epoch, const at::Tensor& numbers)> normals;
 };
 
 // n_old steps an epoch over the epoch's draws in random order, SGD; draws that no step uses are not
 // made. Changes the head in place and returns each step's cross-entropy, over the seen classes.
+// ValueError for what does not fit, NumericalError for a cross-entropy that is not finite.
 std::vector<double> align_head(Head head, const FeatureClusters& clusters, int64_t n_old,
                                const HeadAlignmentOptions& options, const AlignmentDraws& draws);
 

@@ -44,8 +44,9 @@ class VisionTransformer {
   // and misshapen keys.
   VisionTransformer(const TensorMap& weights, int64_t heads, int64_t image_size = 0);
 
-  // `products`: type of the blocks' matrices and of what they are multiplied with; none: `dtype`.
-  // bfloat16 beside float32 leaves the residual stream, LayerNorms and softmax sums in float32.
+  // `products`: type of the blocks' matrices and of the activations between LayerNorm and residual;
+  // none: `dtype`. bfloat16 beside float32 leaves the patch embedding, the residual stream,
+  // LayerNorms, softmax sums and all that is trained in float32.
   VisionTransformer to(at::ScalarType dtype, at::Device device,
                        std::optional<at::ScalarType> products = std::nullopt) const;
 

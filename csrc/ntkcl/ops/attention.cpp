@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -273,6 +274,8 @@ std::tuple<at::Tensor, at::Tensor> attention_backward_with(
     const at::Tensor& grad, const at::Tensor& given, const at::Tensor& weights,
     const at::Tensor& prompt_weights, int64_t heads, const Gate& gate, int64_t prompts) {
   check_attention_backward(grad, given, weights, prompt_weights, heads, gate, prompts);
+  // A backward pass may run inside torch.autocast, which would change the products' type.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (given.numel() == 0) {
     return {at::empty(given.sizes(), given.options()),
             at::zeros({gate ? heads : 0}, given.options())};

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -139,6 +140,8 @@ std::tuple<at::Tensor, at::Tensor> section_cosine_backward(const SectionKernels&
                                                            const at::Tensor& prototypes,
                                                            const at::Tensor& weights) {
   check_section_cosine_backward(grad, x, prototypes, weights);
+  // A backward pass may run inside torch.autocast, which would change the product's type.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t sections = weights.size(0);
   const at::Tensor right = normalized(kernels, prototypes, {}, sections);
   const at::Tensor pulled = at::mm(grad, right);  // (B, S*C)

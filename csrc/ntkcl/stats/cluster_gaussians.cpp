@@ -19,6 +19,10 @@ void ClusterGaussians::add_class(const at::Tensor& rows, const at::Tensor& label
       rows.dim() == 2 && labels.dim() == 1 && rows.size(0) == labels.size(0) && rows.size(0) > 0,
       kWhere, "expected rows (n, C) and labels (n), n >= 1, got ", rows.sizes(), " and ",
       labels.sizes());
+  NTKCL_CHECK(classes_.empty() || classes_.front().front().mean.size(0) == rows.size(1), kWhere,
+              "expected rows as wide as those of the first class, got ", rows.sizes());
+  NTKCL_CHECK(labels.min().item<int64_t>() >= 0, kWhere, "expected labels from 0 on, got ",
+              labels.min().item<int64_t>());
   const int64_t count = labels.max().item<int64_t>() + 1;
   std::vector<Cluster> clusters;
   for (int64_t k = 0; k < count; ++k) {

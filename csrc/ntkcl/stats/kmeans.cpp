@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "ntkcl/core/error.h"
@@ -51,15 +52,20 @@ at::Tensor kmeans_plus_plus(const at::Tensor& x, const at::Tensor& draws) {
     const at::Tensor to_last =
         squared_distances(x, x.narrow(0, rows.back(), 1)).squeeze(1).to(at::kDouble);
     nearest = nearest.defined() ? at::minimum(nearest, to_last) : to_last;
-    const at::Tensor sums = nearest.cumsum(0).cpu();
+    const at::Tensor host = nearest.cpu();
+    const at::Tensor sums = host.cumsum(0);  // on the CPU, where it never decreases
     const double total = sums[n - 1].item<double>();
-    if (!(total > 0)) {
+    if (!std::isfinite(total)) {
+      NTKCL_FAIL(NumericalError, "kmeans", "expected finite rows, their distances sum to ", total);
+    }
+    if (total == 0) {
       break;  // all rows are centers already
     }
     const at::Tensor place = at::full({1}, uniform[i].item<double>() * total, at::kDouble);
-    // The first row whose sum exceeds the draw: never one of distance 0.
-    rows.push_back(
-        std::min(n - 1, at::searchsorted(sums, place, false, /*right=*/true).item<int64_t>()));
+    // The first row whose sum exceeds the draw, which has a distance above 0; where rounding leaves
+    // none, the last one that has.
+    const int64_t row = at::searchsorted(sums, place, false, /*right=*/true).item<int64_t>();
+    rows.push_back(row < n ? row : host.nonzero().max().item<int64_t>());
   }
   return x.index_select(0, at::tensor(rows, at::kLong).to(x.device()));
 }
@@ -69,6 +75,7 @@ Clusters kmeans(const at::Tensor& x, const at::Tensor& centers, int64_t rounds) 
                   1 <= centers.size(0) && centers.size(0) <= x.size(0),
               "kmeans", "expected rows (n, C) and 1 to n centers (k, C), got ", x.sizes(), " and ",
               centers.sizes());
+  NTKCL_CHECK(rounds >= 1, "kmeans", "expected at least 1 round, got ", rounds);
   const int64_t k = centers.size(0);
   Clusters clusters{centers.clone(), {}};
   at::Tensor counts;

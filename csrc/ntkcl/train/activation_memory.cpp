@@ -1,6 +1,7 @@
 #include "ntkcl/train/activation_memory.h"
 
 #include <c10/core/CPUAllocator.h>
+#include <c10/util/Exception.h>
 #include <sys/mman.h>
 
 #include <bit>
@@ -8,8 +9,6 @@
 #include <map>
 #include <mutex>
 #include <vector>
-
-#include "ntkcl/core/error.h"
 
 namespace ntkcl::train {
 namespace {
@@ -34,7 +33,7 @@ class Cache : public c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     const size_t size = bytes < kKept ? 0 : rounded(bytes + kHeader);
     void* const block = size ? take(size) : std::aligned_alloc(kHeader, small_size(bytes));
-    NTKCL_CHECK(block, "memory", "cannot allocate ", bytes, " bytes");
+    TORCH_CHECK(block, "[memory] cannot allocate ", bytes, " bytes");  // as torch's own does
     static_cast<Header*>(block)->size = size;
     void* const data = static_cast<char*>(block) + kHeader;
     return {data, data, &Cache::free, c10::Device(c10::kCPU)};
@@ -60,12 +59,7 @@ class Cache : public c10::Allocator {
       return;
     }
     c10::SetCPUAllocator(torchs_, kPriority);
-    for (const auto& [size, blocks] : free_) {
-      for (void* block : blocks) {
-        munmap(block, size);
-      }
-    }
-    free_.clear();
+    return_kept();
   }
 
  private:
@@ -85,8 +79,12 @@ class Cache : public c10::Allocator {
         return block;
       }
     }
-    void* const block =
-        mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* block = map(size);
+    if (block == MAP_FAILED) {
+      const std::lock_guard lock(mutex_);
+      return_kept();
+      block = map(size);
+    }
     if (block == MAP_FAILED) {
       return nullptr;
     }
@@ -94,6 +92,20 @@ class Cache : public c10::Allocator {
       madvise(block, size, MADV_HUGEPAGE);
     }
     return block;
+  }
+
+  static void* map(size_t size) {
+    return mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  }
+
+  // To the system. With the lock held.
+  void return_kept() {
+    for (const auto& [size, blocks] : free_) {
+      for (void* block : blocks) {
+        munmap(block, size);
+      }
+    }
+    free_.clear();
   }
 
   static void free(void* data);

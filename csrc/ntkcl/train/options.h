@@ -43,8 +43,8 @@ struct TrainOptions {
     v("device", device, one_of({"auto", "cpu", "cuda"}),
       "where to compute; auto: CUDA where there is a GPU");
     v("precision", precision, one_of({"auto", "float32", "float64", "bfloat16"}),
-      "dtype of all arithmetic; auto: float32; bfloat16: the frozen backbone's products alone, all "
-      "else float32");
+      "dtype of all arithmetic; auto: float32; bfloat16: weights and activations inside the frozen "
+      "attention and MLP, all else float32, for processors with bfloat16 instructions");
     v("deterministic", deterministic, anything(),
       "bit-equal results for the same seed, device, build and thread count");
     v("threads", threads, at_least(0), "CPU threads of the arithmetic; 0: torch's default");

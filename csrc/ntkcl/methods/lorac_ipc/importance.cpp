@@ -1,6 +1,7 @@
 #include "ntkcl/methods/lorac_ipc/importance.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <cmath>
@@ -53,6 +54,7 @@ std::vector<size_t> chosen_as_released(const std::vector<double>& scores, int64_
 }  // namespace
 
 void ImportanceAverage::add(const at::Tensor& importance) {
+  const at::NoGradGuard no_grad;
   if (!mean_.defined()) {
     mean_ = at::zeros_like(importance);
     uncertainty_ = at::zeros_like(importance);
@@ -67,6 +69,7 @@ at::Tensor ImportanceAverage::score() const {
 }
 
 at::Tensor mean_importance(const at::Tensor& weight, const at::Tensor& gradient) {
+  const at::NoGradGuard no_grad;
   return (weight * gradient).abs().mean({-2, -1});
 }
 
@@ -76,12 +79,18 @@ at::Tensor freeze_important(const at::Tensor& mask, const at::Tensor& score,
               score.sizes(), ", got ", mask.sizes());
   NTKCL_CHECK(0 <= selection.threshold && selection.threshold <= 1, kWhere,
               "expected a threshold from 0 to 1, got ", selection.threshold);
+  NTKCL_CHECK(selection.rule == "exact" || selection.rule == "release", kWhere,
+              "expected the rule exact or release, got '", selection.rule, "'");
   at::Tensor next = mask.clone(at::MemoryFormat::Contiguous);
   if (selection.threshold == 0) {
     return next;
   }
-  const at::Tensor free =
-      (score * mask).to(at::kCPU, at::kDouble).contiguous();  // a frozen matrix scores 0
+  // A frozen matrix scores 0, whatever was computed for it.
+  const at::Tensor free = at::where(mask > 0, score, 0).to(at::kCPU, at::kDouble).contiguous();
+  if (!free.isfinite().all().item<bool>()) {
+    NTKCL_FAIL(NumericalError, kWhere, "expected finite scores, got ", free.min().item<double>(),
+               " to ", free.max().item<double>());
+  }
   const double* values = free.const_data_ptr<double>();
   const std::vector<double> scores(values, values + free.numel());
   const int64_t k = count_to_freeze(scores, selection);
