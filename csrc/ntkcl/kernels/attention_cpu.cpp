@@ -5,13 +5,10 @@
 #include <limits>
 #include <vector>
 
-#include "ntkcl/kernels/multiversion.h"
+#include "ntkcl/kernels/lanes.h"
 
 namespace ntkcl::kernels {
 namespace {
-
-// Partial results side by side, in a fixed order whatever the vector width of the machine.
-constexpr int kLanes = 32;
 
 // exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial in x - n log 2. Exactly 0
 // below -87, where float32 ends. NaN stays NaN.
@@ -35,16 +32,6 @@ NTKCL_INLINE float exp_of(float x) {
 
 NTKCL_INLINE double exp_of(double x) {
   return std::exp(x);
-}
-
-template <class C>
-NTKCL_INLINE C sum_of(C* lanes) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      lanes[i] += lanes[i + half];
-    }
-  }
-  return lanes[0];
 }
 
 template <class T>
@@ -98,28 +85,9 @@ NTKCL_INLINE void softmax_loop(T* x, int64_t n, Compute<T>* __restrict__ exps) {
 
 template <class T>
 NTKCL_INLINE void softmax_backward_loop(const T* __restrict__ y, T* __restrict__ grad, int64_t n) {
-  using C = Compute<T>;
-  C lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += load(y[i + lane]) * load(grad[i + lane]);
-    }
-  }
-  for (int lane = 0; i + lane < n; ++lane) {
-    lanes[lane] += load(y[i + lane]) * load(grad[i + lane]);
-  }
-  const C along = sum_of(lanes);
-  for (int64_t j = 0; j < n; ++j) {
-    grad[j] = store<T>(load(y[j]) * (load(grad[j]) - along));
-  }
-}
-
-template <class T>
-NTKCL_INLINE void scale_loop(const T* __restrict__ x, Compute<T> factor, T* __restrict__ out,
-                             int64_t n) {
+  const Compute<T> along = dot_loop<T>(y, grad, n);
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = store<T>(load(x[i]) * factor);
+    grad[i] = store<T>(load(y[i]) * (load(grad[i]) - along));
   }
 }
 

@@ -4,10 +4,11 @@
 #include <ATen/core/grad_mode.h>
 
 #include <cmath>
-#include <numbers>
 
 #include "ntkcl/core/error.h"
 #include "ntkcl/optim/optimizer.h"
+#include "ntkcl/optim/schedule.h"
+#include "ntkcl/stats/kmeans.h"
 
 namespace ntkcl::methods {
 namespace {
@@ -97,12 +98,9 @@ std::pair<at::Tensor, at::Tensor> cluster_moments(const at::Tensor& rows, const 
   const at::Tensor counts = at::bincount(labels, {}, clusters);
   NTKCL_CHECK(counts.size(0) == clusters && counts.gt(0).all().item<bool>(), kWhere,
               "expected a row in each of ", clusters, " clusters");
-  const at::Tensor n = counts.unsqueeze(1).to(rows.scalar_type());
-  const auto mean_of = [&](const at::Tensor& x) {
-    return at::zeros({clusters, x.size(1)}, x.options()).index_add_(0, labels, x) / n;
-  };
-  const at::Tensor means = mean_of(rows);
-  return {means, mean_of((rows - means.index_select(0, labels)).square())};
+  const at::Tensor means = stats::cluster_means(rows, labels, clusters);
+  const at::Tensor squares = (rows - means.index_select(0, labels)).square();
+  return {means, stats::cluster_means(squares, labels, clusters)};
 }
 
 std::vector<double> align_head(Head head, const FeatureClusters& clusters, int64_t n_old,
@@ -123,11 +121,11 @@ std::vector<double> align_head(Head head, const FeatureClusters& clusters, int64
   const at::Tensor deviations = (clusters.variances.flatten(0, 1) + kVarianceFloor).sqrt();
   const at::Tensor usable = usable_draws(clusters, rows);
   const int64_t used = std::min(n_old * rows, usable.size(0));
+  const optim::ScheduleOptions cosine;  // to 0, by epochs
   std::vector<at::Tensor> losses;
   for (int64_t epoch = 0; epoch < options.epochs; ++epoch) {
-    const double turn =
-        std::numbers::pi * static_cast<double>(epoch) / static_cast<double>(options.epochs);
-    optimizer->set_learning_rate(0.5 * options.learning_rate * (1 + std::cos(turn)));
+    optim::schedule_learning_rates(*optimizer, cosine, options.learning_rate, epoch,
+                                   options.epochs);
     const at::Tensor order = draws.permutation(epoch, usable.size(0)).narrow(0, 0, used);
     const at::Tensor numbers = usable.index_select(0, order);
     const at::Tensor cluster = numbers.div(rows, "floor").to(means.device());

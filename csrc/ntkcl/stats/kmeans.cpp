@@ -16,12 +16,6 @@ at::Tensor squared_distances(const at::Tensor& x, const at::Tensor& centers) {
   return (x.unsqueeze(1) - centers.unsqueeze(0)).square().sum(2);
 }
 
-at::Tensor means(const at::Tensor& x, const at::Tensor& labels, int64_t k, at::Tensor& counts) {
-  counts = at::bincount(labels, {}, k);
-  const at::Tensor sums = at::zeros({k, x.size(1)}, x.options()).index_add_(0, labels, x);
-  return sums / counts.clamp_min(1).unsqueeze(1).to(x.scalar_type());
-}
-
 // Gives each empty cluster the row that is farthest from its center, of a cluster with others.
 void fill_empty(const at::Tensor& distances, at::Tensor& labels, int64_t k) {
   at::Tensor own = distances.gather(1, labels.unsqueeze(1)).squeeze(1);
@@ -38,6 +32,12 @@ void fill_empty(const at::Tensor& distances, at::Tensor& labels, int64_t k) {
 }
 
 }  // namespace
+
+at::Tensor cluster_means(const at::Tensor& x, const at::Tensor& labels, int64_t k) {
+  const at::Tensor counts = at::bincount(labels, {}, k).clamp_min(1).unsqueeze(1);
+  const at::Tensor sums = at::zeros({k, x.size(1)}, x.options()).index_add_(0, labels, x);
+  return sums / counts.to(x.scalar_type());
+}
 
 at::Tensor kmeans_plus_plus(const at::Tensor& x, const at::Tensor& draws) {
   NTKCL_CHECK(x.dim() == 2 && x.size(0) > 0, "kmeans", "expected rows (n, C), n >= 1, got ",
@@ -78,7 +78,6 @@ Clusters kmeans(const at::Tensor& x, const at::Tensor& centers, int64_t rounds) 
   NTKCL_CHECK(rounds >= 1, "kmeans", "expected at least 1 round, got ", rounds);
   const int64_t k = centers.size(0);
   Clusters clusters{centers.clone(), {}};
-  at::Tensor counts;
   for (int64_t round = 0; round < rounds; ++round) {
     const at::Tensor distances = squared_distances(x, clusters.centers);
     at::Tensor labels = distances.argmin(1);
@@ -87,7 +86,7 @@ Clusters kmeans(const at::Tensor& x, const at::Tensor& centers, int64_t rounds) 
       break;
     }
     clusters.labels = labels;
-    clusters.centers = means(x, labels, k, counts);
+    clusters.centers = cluster_means(x, labels, k);
   }
   return clusters;
 }

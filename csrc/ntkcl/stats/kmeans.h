@@ -9,6 +9,9 @@ struct Clusters {
   at::Tensor labels;   // (n) int64
 };
 
+// Mean of each cluster's rows: x (n, C), labels (n) int64 below k -> (k, C); 0 for an empty one.
+at::Tensor cluster_means(const at::Tensor& x, const at::Tensor& labels, int64_t k);
+
 // The first centers of k-means++ (Arthur and Vassilvitskii, SODA 2007): rows of x (n, C), each
 // drawn with probability proportional to the squared distance to those before it. `draws` (k) are
 // uniform in [0, 1). Fewer than k where x has fewer distinct rows. ValueError for no rows.
