@@ -6,6 +6,7 @@
 #include "ntkcl/core/error.h"
 #include "ntkcl/methods/ntk_cl/ntk_cl.h"
 #include "ntkcl/methods/table.h"
+#include "ntkcl/train/compute_setup.h"
 
 namespace ntkcl::bindings {
 namespace {
@@ -31,15 +32,22 @@ class RecordedRandom : public methods::RandomSource {
   py::function fn_;
 };
 
-// One method outside the task loop, step by step: for benchmarks, tests and looking inside.
+// One method outside the task loop, step by step: for benchmarks, tests and looking inside. `train`
+// holds keys of TrainOptions (device: cpu unless given); with `as_run`, threads, matrix products and memory are set up as in a
+// run for as long as the session lives.
 class MethodSession : private methods::TaskServices {
  public:
   MethodSession(const std::string& method, const py::dict& method_options,
-                const nn::VisionTransformer& backbone, at::ScalarType dtype, int64_t tasks,
-                const py::dict& optimizer, const std::optional<py::function>& draws)
-      : vit_(backbone.to(dtype, at::kCPU)),
+                const nn::VisionTransformer& backbone, int64_t tasks, const py::dict& train,
+                const std::optional<py::function>& draws, bool as_run)
+      : options_(train_options(train)),
+        vit_(backbone.to(train::resolve_precision(options_.precision),
+                         train::resolve_device(options_.device),
+                         train::resolve_products(options_.precision))),
         random_(draws ? recorded_random(0, *draws) : std::make_unique<methods::RandomSource>(0)) {
-    apply(option_map(optimizer, "optimizer"), optimizer_options_, "optimizer");
+    if (as_run) {
+      scope_.emplace(options_, vit_.options().device());
+    }
     const methods::MethodEntry& entry = methods::find_method(method);
     method_ = entry.make(option_map(method_options, entry.section), vit_, tasks, *random_);
     info_.count = tasks;
@@ -54,16 +62,17 @@ class MethodSession : private methods::TaskServices {
              .initial_classes = index == 0 ? n_new : increment,
              .increment = increment,
              .batch_size = batch_size};
-    images_ = {images.to(vit_.options()), labels};
+    images_ = to_device(images, labels);
     step_ = 0;
     auto groups = method_->before_task(*this);
-    optimizer_ = groups.empty() ? nullptr : optim::make_optimizer(optimizer_options_, groups);
+    optimizer_ = groups.empty() ? nullptr : optim::make_optimizer(options_.optimizer, groups);
   }
 
   // {"losses": {name: value}, "gradients": [of each parameter, in the groups' order]}
-  py::dict step(const at::Tensor& images, const at::Tensor& labels, double learning_rate) {
+  py::dict step(const at::Tensor& images, const at::Tensor& labels, double learning_rate,
+                bool with_gradients) {
     NTKCL_CHECK(optimizer_ != nullptr, "step", "this task trains nothing");
-    const methods::Batch batch{images.to(vit_.options()), labels};
+    const methods::Batch batch = to_device(images, labels);
     methods::Losses losses;
     std::vector<at::Tensor> gradients;
     {
@@ -71,7 +80,9 @@ class MethodSession : private methods::TaskServices {
       optimizer_->set_learning_rate(learning_rate);
       optimizer_->step([&](int pass) {
         losses = method_->gradients(batch, {.step = step_, .pass = pass}, *this);
-        gradients = parameter_gradients();
+        if (with_gradients) {
+          gradients = parameter_gradients();
+        }
       });
     }
     ++step_;
@@ -111,6 +122,17 @@ class MethodSession : private methods::TaskServices {
   methods::RandomSource& random() override { return *random_; }
   void for_each_image(const std::string&, const methods::BatchFn& fn) override { fn(images_); }
 
+  static train::TrainOptions train_options(const py::dict& values) {
+    train::TrainOptions options;
+    options.device = "cpu";
+    apply(option_map(values, "train"), options, "train");
+    return options;
+  }
+
+  methods::Batch to_device(const at::Tensor& images, const at::Tensor& labels) const {
+    return {images.to(vit_.options()), labels.to(vit_.options().device())};
+  }
+
   std::vector<at::Tensor> parameter_gradients() const {
     std::vector<at::Tensor> gradients;
     for (const optim::ParameterGroup& group : optimizer_->groups()) {
@@ -121,9 +143,10 @@ class MethodSession : private methods::TaskServices {
     return gradients;
   }
 
+  train::TrainOptions options_;
+  std::optional<train::ComputeScope> scope_;
   nn::VisionTransformer vit_;
   std::unique_ptr<methods::RandomSource> random_;
-  optim::OptimizerOptions optimizer_options_;
   std::unique_ptr<methods::Method> method_;
   std::unique_ptr<optim::Optimizer> optimizer_;
   methods::TaskInfo info_;
@@ -166,15 +189,15 @@ void init_methods(py::module_& m) {
   m.def("list_in_use", &methods::ntk_cl::list_in_use, py::arg("frozen_lists"), py::arg("task"),
         py::arg("tasks"));
   py::class_<MethodSession>(m, "MethodSession", "One method outside the task loop, step by step.")
-      .def(py::init<const std::string&, const py::dict&, const nn::VisionTransformer&,
-                    at::ScalarType, int64_t, const py::dict&, const std::optional<py::function>&>(),
-           py::arg("method"), py::arg("method_options"), py::arg("backbone"), py::arg("dtype"),
-           py::arg("tasks"), py::arg("optimizer") = py::dict(), py::arg("draws") = py::none())
+      .def(py::init<const std::string&, const py::dict&, const nn::VisionTransformer&, int64_t,
+                    const py::dict&, const std::optional<py::function>&, bool>(),
+           py::arg("method"), py::arg("method_options"), py::arg("backbone"), py::arg("tasks"),
+           py::arg("train") = py::dict(), py::arg("draws") = py::none(), py::arg("as_run") = false)
       .def("begin_task", &MethodSession::begin_task, py::arg("index"), py::arg("n_old"),
            py::arg("n_new"), py::arg("increment"), py::arg("batch_size"), py::arg("images"),
            py::arg("labels"), "Images (n, 3, S, S) and labels of the task, for its statistics.")
       .def("step", &MethodSession::step, py::arg("images"), py::arg("labels"),
-           py::arg("learning_rate"))
+           py::arg("learning_rate"), py::arg("gradients") = true)
       .def("run_stages", &MethodSession::run_stages)
       .def("features", &MethodSession::features, py::arg("images"),
            py::call_guard<py::gil_scoped_release>())

@@ -35,6 +35,10 @@ def vit(config: dict, dtype: torch.dtype) -> _C.VisionTransformer:
     return _C.VisionTransformer(weights, config["heads"])
 
 
+def precision(dtype: torch.dtype) -> dict[str, str]:
+    return {"precision": str(dtype).removeprefix("torch.")}
+
+
 def pixels(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return images.to(dtype) / 255
 
@@ -213,10 +217,8 @@ def test_two_steps(name, dtype):
             return before["head.weight"]
         return g[f"step{step}.draws"] if purpose == "old_prototypes" else None
 
-    optimizer = {"momentum": c["momentum"], "weight_decay": c["weight_decay"]}
-    session = _C.MethodSession(
-        "ntk-cl", release_options(c), vit(c, dtype), dtype, tasks, optimizer, draws
-    )
+    train = {"momentum": c["momentum"], "weight_decay": c["weight_decay"]} | precision(dtype)
+    session = _C.MethodSession("ntk-cl", release_options(c), vit(c, dtype), tasks, train, draws)
     old = {"prototypes": g["prototypes"].to(dtype)[: c["n_old"]]}
     session.load_state({k: t for k, t in before.items() if is_list(k)} | old)
     none = torch.empty(0)
@@ -417,7 +419,8 @@ def test_features_and_scores(case, dtype):
     # The features do not depend on the fusion; `concat` asks nothing of the width.
     lists_of = {"frozen_lists": k, "pretrained_feature": bool(ptm)}
     options = release_options(g.config, fusion="concat", **lists_of)
-    session = _C.MethodSession("ntk-cl", options, vit(g.config, dtype), dtype, tasks=max(k, 2))
+    model, tasks = vit(g.config, dtype), max(k, 2)
+    session = _C.MethodSession("ntk-cl", options, model, tasks, precision(dtype))
     lists = ("channel.", "patch.", *(f"pre{i}." for i in range(1, k + 1)))
     state = {n: t.to(dtype) for n, t in g.tensors.items() if n.startswith(lists)}
     session.load_state(state)

@@ -416,7 +416,7 @@ def test_a_fresh_ntk_cl_gives_the_backbones_feature_in_every_section(
     # Protects: how trained and frozen lists are initialised.
     vit, images = backbone(), pixels(dataset()["test"][0][:3])
     options = {"mode": mode, "frozen_lists": 2, "pretrained_feature": plain}
-    session = _C.MethodSession("ntk-cl", options, vit, torch.float32, tasks=2)
+    session = _C.MethodSession("ntk-cl", options, vit, tasks=2)
     features = session.features(images)
     assert set(features) == {mode}
     assert features[mode].shape == (3, (4 if plain else 3) * vit.width)
@@ -470,7 +470,7 @@ def test_the_moving_average_fills_the_list_in_use_and_rests_after_the_last_task(
     batch, labels = pixels(images), torch.from_numpy(labels)
     options = {"frozen_lists": lists, "rank": 2, "prompt_tokens": 2, "drift_compensation": False}
     options |= {"adapter_dropout": 0.0, "fusion_dropout": 0.0}
-    session = _C.MethodSession("ntk-cl", options, vit, torch.float32, tasks=len(counts))
+    session = _C.MethodSession("ntk-cl", options, vit, tasks=len(counts))
     in_list: list[list[torch.Tensor]] = [[] for _ in range(lists)]
     for task, expected in enumerate(counts):
         numbers = labels + 2 * task
