@@ -27,8 +27,8 @@ def attention(
     gate 0 the other tokens are as if there were no prompts.
 
     For the few hundred tokens of a vision transformer faster on CPU than torch's
-    scaled_dot_product_attention (see benchmarks/ops.py); keeps the softmax weights, B*H*T*T
-    elements, for the backward pass. On CUDA use torch's.
+    scaled_dot_product_attention (see benchmarks/ops.py). Keeps only qkv for the backward pass.
+    Of bfloat16, all is computed in float32. On CUDA use torch's.
 
     Args:
         qkv: (B, T, 3*C), float32, float64 or bfloat16: a token's q, k and v, each head by head.
@@ -45,7 +45,7 @@ def attention(
 
     Source: NTK-CL (arXiv 2407.17120), the gate as in LLaMA-Adapter (arXiv 2303.16199).
     """
-    out: torch.Tensor = torch.ops.ntkcl.attention(qkv, heads, gate, prompts)[0]
+    out: torch.Tensor = torch.ops.ntkcl.attention(qkv, heads, gate, prompts)
     return out
 
 

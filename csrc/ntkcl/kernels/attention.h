@@ -4,56 +4,36 @@
 
 #include "ntkcl/kernels/element.h"
 
-// The steps of attention that are not matrix products; see ops/attention.h.
+// Multi-head attention over packed tokens; see ops/attention.h.
 namespace ntkcl::kernels {
 
-// Where the rows of head matrices stand among packed tokens. Heads are (batch, heads, rows, width),
-// packed tokens (batch, tokens, stride) with a head's columns side by side. Row order: the class
-// token, the patches, then the prompts, which among the tokens come right after the class token;
-// so rows that are attended to together are neighbours.
-struct HeadRows {
+// Packed tokens are (batch, tokens, 3 * heads * width): a token's q, k and v, each head by head.
+struct AttentionSizes {
   int64_t batch = 0;
   int64_t heads = 0;
   int64_t tokens = 0;
-  int64_t prompts = 0;
-  int64_t width = 0;
-  int64_t stride = 0;  // elements between two tokens
-  int64_t first = 0;   // the rows meant: [first, first + rows)
-  int64_t rows = 0;
+  int64_t prompts = 0;  // tokens 1 .. prompts, attended to apart; 0 without a gate
+  int64_t width = 0;    // of a head
+
+  int64_t columns() const { return heads * width; }
 };
 
-// heads = scale * packed
 template <class T>
-struct SplitHeads {
-  HeadRows layout;
-  const T* packed = nullptr;
-  T* heads = nullptr;
-  Compute<T> scale = 1;
+struct Attention {
+  AttentionSizes sizes;
+  const T* qkv = nullptr;
+  const T* gate = nullptr;  // (heads), or null
+  T* out = nullptr;         // (batch, tokens, heads * width)
 };
 
-// packed = scale * heads
 template <class T>
-struct MergeHeads {
-  HeadRows layout;
-  const T* heads = nullptr;
-  T* packed = nullptr;
-  Compute<T> scale = 1;
-};
-
-// x = softmax(x), row by row and in place. A NaN or a positive infinity makes its row NaN; a
-// negative infinity has weight 0.
-template <class T>
-struct Softmax {
-  T* x = nullptr;  // (rows, columns)
-  int64_t columns = 0;
-};
-
-// grad = y * (grad - sum(y * grad)), row by row and in place: the gradient through y = softmax(x).
-template <class T>
-struct SoftmaxBackward {
-  const T* y = nullptr;  // (rows, columns)
-  T* grad = nullptr;     // (rows, columns)
-  int64_t columns = 0;
+struct AttentionBackward {
+  AttentionSizes sizes;
+  const T* grad = nullptr;  // (batch, tokens, heads * width)
+  const T* qkv = nullptr;
+  const T* gate = nullptr;
+  T* dqkv = nullptr;        // (batch, tokens, 3 * heads * width)
+  double* dgate = nullptr;  // (batch * heads), null without a gate
 };
 
 }  // namespace ntkcl::kernels

@@ -1,8 +1,8 @@
 #pragma once
 
 // NTKCL_MULTIVERSION before a function compiles it for AVX-512, AVX2 and the baseline; the loader
-// picks one for the machine at hand. All give the same bits: no fused multiply-add, no
-// re-association. What such a function calls must be NTKCL_INLINE, or it stays baseline code.
+// picks one for the machine at hand. All give the same bits: no re-association and, but for
+// attention and its matrix products, no fused multiply-add. What such a function calls must be NTKCL_INLINE, or it stays baseline code.
 // Sanitizers instrument the picking itself, which runs too early for them.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
@@ -12,3 +12,19 @@
 #define NTKCL_MULTIVERSION
 #endif
 #define NTKCL_INLINE inline __attribute__((always_inline))
+
+// For code whose shape depends on the vector width: a function of its own for each, picked by hand.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define NTKCL_X86_VERSIONS
+#define NTKCL_X86_V4 __attribute__((target("arch=x86-64-v4")))
+#define NTKCL_X86_V3 __attribute__((target("arch=x86-64-v3")))
+namespace ntkcl::kernels {
+inline bool has_x86_v3() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+inline bool has_x86_v4() {
+  return has_x86_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+}  // namespace ntkcl::kernels
+#endif

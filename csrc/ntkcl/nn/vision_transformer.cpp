@@ -230,7 +230,7 @@ at::Tensor VisionTransformer::mix_packed(const Block& w, const at::Tensor& y,
                                          const AttentionOptions& options) const {
   const at::Tensor qkv = at::linear(y, w.qkv_weight, w.qkv_bias);
   const auto gate = gate_of(options);
-  return std::get<0>(ops::attention(qkv, heads_, gate, gate ? options.prompts : 0));
+  return ops::attention(qkv, heads_, gate, gate ? options.prompts : 0);
 }
 
 at::Tensor VisionTransformer::mix_heads(const Block& w, const at::Tensor& y,

@@ -5,7 +5,6 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cmath>
 
 #include "ntkcl/kernels/attention_cpu.h"
@@ -36,303 +35,206 @@ void check_attention(const char* op, const at::Tensor& qkv, int64_t heads, const
   }
 }
 
-void check_attention_backward(const at::Tensor& grad, const at::Tensor& qkv,
-                              const at::Tensor& weights, const at::Tensor& prompt_weights,
-                              int64_t heads, const Gate& gate, int64_t prompts) {
+void check_attention_backward(const at::Tensor& grad, const at::Tensor& qkv, int64_t heads,
+                              const Gate& gate, int64_t prompts) {
   const char* op = "attention_backward";
   check_attention(op, qkv, heads, gate, prompts);
-  const c10::SymInt batch = qkv.sym_size(0), tokens = qkv.sym_size(1);
-  const auto check_shape = [&](const char* name, const at::Tensor& tensor,
-                               const c10::SymDimVector& shape) {
-    check_like(op, name, tensor, "qkv", qkv);
-    NTKCL_OP_CHECK(tensor.sym_sizes() == c10::SymIntArrayRef(shape), op, "expected ", name,
-                   " of shape ", c10::SymIntArrayRef(shape), ", got ", tensor.sym_sizes());
-  };
-  check_shape("grad", grad, {batch, tokens, qkv.sym_size(2) / 3});
-  check_shape("weights", weights, {batch * heads, tokens, tokens - prompts});
-  if (gate) {
-    check_shape("prompt_weights", prompt_weights, {batch * heads, tokens, prompts});
-  }
+  check_like(op, "grad", grad, "qkv", qkv);
+  const c10::SymDimVector shape{qkv.sym_size(0), qkv.sym_size(1), qkv.sym_size(2) / 3};
+  NTKCL_OP_CHECK(grad.sym_sizes() == c10::SymIntArrayRef(shape), op, "expected grad of shape ",
+                 c10::SymIntArrayRef(shape), ", got ", grad.sym_sizes());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_meta(const at::Tensor& qkv, int64_t heads,
-                                                              const Gate& gate, int64_t prompts) {
+at::Tensor attention_meta(const at::Tensor& qkv, int64_t heads, const Gate& gate, int64_t prompts) {
   check_attention("attention", qkv, heads, gate, prompts);
-  const c10::SymInt batch = qkv.sym_size(0), tokens = qkv.sym_size(1);
-  const auto made = [&](c10::SymDimVector shape) { return at::empty_symint(shape, qkv.options()); };
-  return {made({batch, tokens, qkv.sym_size(2) / 3}),
-          made({batch * heads, tokens, tokens - prompts}),
-          gate ? made({batch * heads, tokens, prompts}) : made({0})};
+  return at::empty_symint({qkv.sym_size(0), qkv.sym_size(1), qkv.sym_size(2) / 3}, qkv.options());
 }
 
-std::tuple<at::Tensor, at::Tensor> attention_backward_meta(
-    const at::Tensor& grad, const at::Tensor& qkv, const at::Tensor& weights,
-    const at::Tensor& prompt_weights, int64_t heads, const Gate& gate, int64_t prompts) {
-  check_attention_backward(grad, qkv, weights, prompt_weights, heads, gate, prompts);
+std::tuple<at::Tensor, at::Tensor> attention_backward_meta(const at::Tensor& grad,
+                                                           const at::Tensor& qkv, int64_t heads,
+                                                           const Gate& gate, int64_t prompts) {
+  check_attention_backward(grad, qkv, heads, gate, prompts);
   return {at::empty_symint(qkv.sym_sizes(), qkv.options()),
           at::empty({gate ? heads : 0}, qkv.options())};
 }
 
-// The rows that are attended to together: see kernels::HeadRows.
-struct Rows {
-  int64_t first, count;
-};
+// ---- CPU ----
 
-// Sizes, and the steps that are not matrix products, on the CPU.
-class CpuSteps {
- public:
-  CpuSteps(const at::Tensor& qkv, int64_t heads, int64_t prompts)
-      : layout_{.batch = qkv.size(0),
-                .heads = heads,
-                .tokens = qkv.size(1),
-                .prompts = prompts,
-                .width = qkv.size(2) / (3 * heads)} {}
-
-  // Columns of packed tokens (B, T, n*C), from `column` on -> (B*H, rows, d), times scale.
-  at::Tensor split(const at::Tensor& packed, int64_t column, Rows rows, double scale) const {
-    const kernels::HeadRows layout = at_rows(packed, rows);
-    const at::Tensor heads =
-        at::empty({layout.batch * layout.heads, rows.count, layout.width}, packed.options());
-    with_element_type(packed.scalar_type(), [&](auto element) {
-      using T = decltype(element);
-      const kernels::SplitHeads<T> args{.layout = layout,
-                                        .packed = elements<T>(packed) + column,
-                                        .heads = mutable_elements<T>(heads),
-                                        .scale = static_cast<kernels::Compute<T>>(scale)};
-      over_matrices(
-          heads, [&](int64_t first, int64_t last) { kernels::split_heads_cpu(args, first, last); });
-    });
-    return heads;
-  }
-
-  // The other way round, into packed tokens.
-  void merge(const at::Tensor& heads, Rows rows, double scale, const at::Tensor& packed,
-             int64_t column) const {
-    with_element_type(packed.scalar_type(), [&](auto element) {
-      using T = decltype(element);
-      const kernels::MergeHeads<T> args{.layout = at_rows(packed, rows),
-                                        .heads = elements<T>(heads),
-                                        .packed = mutable_elements<T>(packed) + column,
-                                        .scale = static_cast<kernels::Compute<T>>(scale)};
-      over_matrices(
-          heads, [&](int64_t first, int64_t last) { kernels::merge_heads_cpu(args, first, last); });
-    });
-  }
-
-  // May overwrite x.
-  static at::Tensor softmax(const at::Tensor& x) {
-    with_element_type(x.scalar_type(), [&](auto element) {
-      using T = decltype(element);
-      const kernels::Softmax<T> args{.x = mutable_elements<T>(x), .columns = x.size(-1)};
-      over_rows(x, [&](int64_t first, int64_t last) { kernels::softmax_cpu(args, first, last); });
-    });
-    return x;
-  }
-
-  // The gradient of what y is the softmax of. May overwrite grad.
-  static at::Tensor softmax_backward(const at::Tensor& y, const at::Tensor& grad) {
-    with_element_type(y.scalar_type(), [&](auto element) {
-      using T = decltype(element);
-      const kernels::SoftmaxBackward<T> args{
-          .y = elements<T>(y), .grad = mutable_elements<T>(grad), .columns = y.size(-1)};
-      over_rows(y, [&](int64_t first, int64_t last) {
-        kernels::softmax_backward_cpu(args, first, last);
-      });
-    });
-    return grad;
-  }
-
- private:
-  kernels::HeadRows at_rows(const at::Tensor& packed, Rows rows) const {
-    kernels::HeadRows layout = layout_;
-    layout.stride = packed.size(2);
-    layout.first = rows.first;
-    layout.rows = rows.count;
-    return layout;
-  }
-
-  template <class Function>
-  static void over_matrices(const at::Tensor& heads, Function&& function) {
-    at::parallel_for(0, heads.size(0), grain(heads.size(1) * heads.size(2)), function);
-  }
-
-  template <class Function>
-  static void over_rows(const at::Tensor& x, Function&& function) {
-    at::parallel_for(0, x.numel() / std::max<int64_t>(1, x.size(-1)), grain(x.size(-1)), function);
-  }
-
-  static int64_t grain(int64_t elements) {
-    return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, elements));
-  }
-
-  kernels::HeadRows layout_;
-};
-
-// The same of torch's operators, for the other devices.
-class TorchSteps {
- public:
-  TorchSteps(const at::Tensor& qkv, int64_t heads, int64_t prompts)
-      : heads_(heads), prompts_(prompts), width_(qkv.size(2) / 3) {}
-
-  at::Tensor split(const at::Tensor& packed, int64_t column, Rows rows, double scale) const {
-    return (rows_of(packed, column, rows) * scale).transpose(1, 2).flatten(0, 1);
-  }
-
-  void merge(const at::Tensor& heads, Rows rows, double scale, const at::Tensor& packed,
-             int64_t column) const {
-    const at::Tensor parts =
-        (heads * scale).view({-1, heads_, rows.count, width_ / heads_}).transpose(1, 2);
-    int64_t done = 0;
-    for (const at::Tensor& to : views_of(packed, column, rows)) {
-      to.copy_(parts.narrow(1, done, to.size(1)));
-      done += to.size(1);
-    }
-  }
-
-  static at::Tensor softmax(const at::Tensor& x) { return at::softmax(x, -1); }
-
-  static at::Tensor softmax_backward(const at::Tensor& y, const at::Tensor& grad) {
-    return at::_softmax_backward_data(grad, y, -1, y.scalar_type());
-  }
-
- private:
-  at::Tensor rows_of(const at::Tensor& packed, int64_t column, Rows rows) const {
-    return at::cat(views_of(packed, column, rows), 1);
-  }
-
-  // (B, n, H, d) views that make up the rows, in their order.
-  std::vector<at::Tensor> views_of(const at::Tensor& packed, int64_t column, Rows rows) const {
-    const at::Tensor x = packed.narrow(2, column, width_).unflatten(2, {heads_, -1});
-    const int64_t patches = x.size(1) - prompts_ - 1;
-    const at::Tensor prompts = x.narrow(1, 1, prompts_);
-    if (rows.first > 0) {
-      return {prompts};
-    }
-    std::vector<at::Tensor> views{x.narrow(1, 0, 1), x.narrow(1, 1 + prompts_, patches)};
-    if (rows.count > 1 + patches) {
-      views.push_back(prompts);
-    }
-    return views;
-  }
-
-  int64_t heads_, prompts_, width_;
-};
-
-// What both directions take apart.
-struct Parts {
-  int64_t width, tokens, prompts;  // C, T, P
-  double scale;                    // 1 / sqrt(d)
-  Rows all, others, prompt_rows;   // others: all but prompts
-
-  Parts(const at::Tensor& qkv, int64_t heads, int64_t p)
-      : width(qkv.size(2) / 3),
-        tokens(qkv.size(1)),
-        prompts(p),
-        scale(1.0 / std::sqrt(static_cast<double>(width / heads))),
-        all{0, tokens},
-        others{0, tokens - p},
-        prompt_rows{tokens - p, p} {}
-};
-
-// (B*H, T, n), each head's matrices times its gate.
-at::Tensor gated(const at::Tensor& x, const at::Tensor& gate) {
-  const int64_t heads = gate.size(0);
-  return (x.view({-1, heads, x.size(1), x.size(2)}) * gate.view({heads, 1, 1})).view(x.sizes());
+kernels::AttentionSizes sizes_of(const at::Tensor& qkv, int64_t heads, int64_t prompts) {
+  return {.batch = qkv.size(0),
+          .heads = heads,
+          .tokens = qkv.size(1),
+          .prompts = prompts,
+          .width = qkv.size(2) / (3 * heads)};
 }
 
-template <class Steps>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_with(const at::Tensor& given,
-                                                              int64_t heads, const Gate& gate,
-                                                              int64_t prompts) {
+// Calls run(first, last, scratch) for ranges of the heads of all images, from several threads.
+template <class Run>
+void over_heads(const kernels::AttentionSizes& sizes, int64_t scratch_bytes, const Run& run) {
+  at::parallel_for(0, sizes.batch * sizes.heads, 1, [&](int64_t first, int64_t last) {
+    const at::Tensor scratch = at::empty({scratch_bytes}, at::kByte);
+    run(first, last, reinterpret_cast<std::byte*>(mutable_elements<uint8_t>(scratch)));
+  });
+}
+
+at::Tensor attention_cpu(const at::Tensor& given, int64_t heads, const Gate& gate,
+                         int64_t prompts) {
   check_attention("attention", given, heads, gate, prompts);
-  if (given.numel() == 0) {
-    return attention_meta(given, heads, gate, prompts);
-  }
   const at::Tensor qkv = given.contiguous();
-  const Steps steps(qkv, heads, prompts);
-  const Parts parts(qkv, heads, prompts);
-  const int64_t c = parts.width;
-  const at::Tensor query = steps.split(qkv, 0, parts.all, parts.scale);
-  const auto weights_of = [&](Rows rows) {
-    const at::Tensor key = steps.split(qkv, c, rows, 1);
-    return Steps::softmax(at::bmm(query, key.transpose(1, 2)).contiguous());
-  };
-  const at::Tensor weights = weights_of(parts.others);
-  at::Tensor mixed = at::bmm(weights, steps.split(qkv, 2 * c, parts.others, 1));
-  at::Tensor prompt_weights = at::empty({0}, qkv.options());
-  if (gate) {
-    prompt_weights = weights_of(parts.prompt_rows);
-    mixed += at::bmm(gated(prompt_weights, *gate), steps.split(qkv, 2 * c, parts.prompt_rows, 1));
+  const at::Tensor out = at::empty({qkv.size(0), qkv.size(1), qkv.size(2) / 3}, qkv.options());
+  if (out.numel() == 0) {
+    return out;
   }
-  const at::Tensor out = at::empty({qkv.size(0), parts.tokens, c}, qkv.options());
-  steps.merge(mixed.contiguous(), parts.all, 1, out, 0);
-  return {out, weights, prompt_weights};
+  const at::Tensor gate_dense = gate ? gate->contiguous() : at::Tensor();
+  with_element_type(qkv.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const kernels::Attention<T> args{.sizes = sizes_of(qkv, heads, prompts),
+                                     .qkv = elements<T>(qkv),
+                                     .gate = gate ? elements<T>(gate_dense) : nullptr,
+                                     .out = mutable_elements<T>(out)};
+    over_heads(args.sizes, kernels::attention_scratch<T>(args.sizes),
+               [&](int64_t first, int64_t last, std::byte* scratch) {
+                 kernels::attention_cpu(args, first, last, scratch);
+               });
+  });
+  return out;
 }
 
-template <class Steps>
-std::tuple<at::Tensor, at::Tensor> attention_backward_with(
-    const at::Tensor& grad, const at::Tensor& given, const at::Tensor& weights,
-    const at::Tensor& prompt_weights, int64_t heads, const Gate& gate, int64_t prompts) {
-  check_attention_backward(grad, given, weights, prompt_weights, heads, gate, prompts);
+std::tuple<at::Tensor, at::Tensor> attention_backward_cpu(const at::Tensor& grad,
+                                                          const at::Tensor& given, int64_t heads,
+                                                          const Gate& gate, int64_t prompts) {
+  check_attention_backward(grad, given, heads, gate, prompts);
+  const at::Tensor qkv = given.contiguous(), grad_dense = grad.contiguous();
+  const at::Tensor dqkv = at::empty(qkv.sizes(), qkv.options());
+  if (qkv.numel() == 0) {
+    return {dqkv, at::zeros({gate ? heads : 0}, qkv.options())};
+  }
+  const at::Tensor gate_dense = gate ? gate->contiguous() : at::Tensor();
+  const at::Tensor dgate = at::empty({gate ? qkv.size(0) : 0, heads}, at::kDouble);
+  with_element_type(qkv.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const kernels::AttentionBackward<T> args{
+        .sizes = sizes_of(qkv, heads, prompts),
+        .grad = elements<T>(grad_dense),
+        .qkv = elements<T>(qkv),
+        .gate = gate ? elements<T>(gate_dense) : nullptr,
+        .dqkv = mutable_elements<T>(dqkv),
+        .dgate = gate ? mutable_elements<double>(dgate) : nullptr};
+    over_heads(args.sizes, kernels::attention_backward_scratch<T>(args.sizes),
+               [&](int64_t first, int64_t last, std::byte* scratch) {
+                 kernels::attention_backward_cpu(args, first, last, scratch);
+               });
+  });
+  return {dqkv, gate ? dgate.sum(0).to(qkv.scalar_type()) : at::empty({0}, qkv.options())};
+}
+
+// ---- Torch's operators, for CUDA ----
+
+// The packed projection by head, (B, H, n, d) each: queries of all tokens, keys and values of the
+// prompts and of the other tokens. `scale` is in the queries.
+struct Parts {
+  at::Tensor queries, keys, values, prompt_keys, prompt_values;
+  double scale;
+
+  Parts(const at::Tensor& qkv, int64_t heads, int64_t prompts)
+      : scale(1.0 / std::sqrt(static_cast<double>(qkv.size(2) / (3 * heads)))) {
+    const at::Tensor x = qkv.unflatten(2, {3, heads, -1}).permute({2, 0, 3, 1, 4});
+    queries = x[0] * scale;
+    keys = without(x[1], prompts);
+    values = without(x[2], prompts);
+    if (prompts > 0) {
+      prompt_keys = x[1].narrow(2, 1, prompts);
+      prompt_values = x[2].narrow(2, 1, prompts);
+    }
+  }
+
+  static at::Tensor without(const at::Tensor& x, int64_t prompts) {
+    return prompts == 0
+               ? x
+               : at::cat({x.narrow(2, 0, 1), x.narrow(2, 1 + prompts, x.size(2) - 1 - prompts)}, 2);
+  }
+
+  // Of gradients of (other tokens, prompts): in the tokens' order.
+  static at::Tensor together(const at::Tensor& others, const at::Tensor& prompts) {
+    return prompts.defined()
+               ? at::cat({others.narrow(2, 0, 1), prompts, others.narrow(2, 1, others.size(2) - 1)},
+                         2)
+               : others;
+  }
+
+  at::Tensor weights(const at::Tensor& of) const {
+    return at::softmax(at::matmul(queries, of.transpose(2, 3)), -1);
+  }
+};
+
+at::Tensor by_head(const at::Tensor& gate) {
+  return gate.view({-1, 1, 1});
+}
+
+at::Tensor attention_of_torch(const at::Tensor& qkv, int64_t heads, const Gate& gate,
+                              int64_t prompts) {
+  check_attention("attention", qkv, heads, gate, prompts);
+  const Parts parts(qkv, heads, prompts);
+  at::Tensor mixed = at::matmul(parts.weights(parts.keys), parts.values);
+  if (gate) {
+    const at::Tensor of_prompts = at::matmul(parts.weights(parts.prompt_keys), parts.prompt_values);
+    mixed = mixed + by_head(*gate) * of_prompts;
+  }
+  return mixed.transpose(1, 2).flatten(2).contiguous();
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_backward_of_torch(const at::Tensor& grad,
+                                                               const at::Tensor& qkv, int64_t heads,
+                                                               const Gate& gate, int64_t prompts) {
+  check_attention_backward(grad, qkv, heads, gate, prompts);
   // A backward pass may run inside torch.autocast, which would change the products' type.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  if (given.numel() == 0) {
-    return {at::empty(given.sizes(), given.options()),
-            at::zeros({gate ? heads : 0}, given.options())};
-  }
-  const at::Tensor qkv = given.contiguous();
-  const Steps steps(qkv, heads, prompts);
   const Parts parts(qkv, heads, prompts);
-  const int64_t c = parts.width;
-  const at::Tensor query = steps.split(qkv, 0, parts.all, parts.scale);
-  const at::Tensor dmixed = steps.split(grad.contiguous(), 0, parts.all, 1);
-  const at::Tensor dqkv = at::empty(qkv.sizes(), qkv.options());
-  // dkey and dvalue of some rows, given d(weights); returns their share of dquery.
-  const auto backward = [&](Rows rows, const at::Tensor& shares, const at::Tensor& softmax,
-                            const at::Tensor& dsoftmax) {
-    steps.merge(at::bmm(shares.transpose(1, 2), dmixed).contiguous(), rows, 1, dqkv, 2 * c);
-    const at::Tensor dscores = Steps::softmax_backward(softmax, dsoftmax);
-    // query holds the scale, so dkey has it too.
-    steps.merge(at::bmm(dscores.transpose(1, 2), query).contiguous(), rows, 1, dqkv, c);
-    return at::bmm(dscores, steps.split(qkv, c, rows, 1));
+  const at::Tensor dmixed = grad.unflatten(2, {heads, -1}).transpose(1, 2);  // (B, H, T, d)
+  // Through one softmax: the gradients of keys, values and, times scale, queries.
+  struct Gradients {
+    at::Tensor keys, values, queries, weighted;
   };
-  const auto pulled = [&](Rows rows) {
-    return at::bmm(dmixed, steps.split(qkv, 2 * c, rows, 1).transpose(1, 2)).contiguous();
+  const auto through = [&](const at::Tensor& keys, const at::Tensor& values,
+                           const at::Tensor& dout) -> Gradients {
+    const at::Tensor weights = parts.weights(keys);
+    const at::Tensor dweights = at::matmul(dout, values.transpose(2, 3));
+    const at::Tensor dscores =
+        at::_softmax_backward_data(dweights, weights, -1, weights.scalar_type());
+    return {at::matmul(dscores.transpose(2, 3), parts.queries),
+            at::matmul(weights.transpose(2, 3), dout), at::matmul(dscores, keys),
+            dweights * weights};
   };
-  const at::Tensor dense = weights.contiguous();
-  at::Tensor dquery = backward(parts.others, dense, dense, pulled(parts.others));
+  Gradients all = through(parts.keys, parts.values, dmixed);
   at::Tensor dgate = at::empty({0}, qkv.options());
   if (gate) {
-    const at::Tensor softmax = prompt_weights.contiguous();
-    const at::Tensor ungated = pulled(parts.prompt_rows);
-    dgate = (ungated * softmax)
-                .view({-1, heads, parts.tokens, parts.prompts})
-                .sum({0, 2, 3}, false, compute_type(qkv.scalar_type()))
+    // dgate = sum of dout v^T * weights, before the gate.
+    const at::Tensor scale = by_head(*gate);
+    const Gradients of_prompts = through(parts.prompt_keys, parts.prompt_values, dmixed);
+    dgate = of_prompts.weighted.sum({0, 2, 3}, false, compute_type(qkv.scalar_type()))
                 .to(qkv.scalar_type());
-    dquery += backward(parts.prompt_rows, gated(softmax, *gate), softmax, gated(ungated, *gate));
+    all = {Parts::together(all.keys, scale * of_prompts.keys),
+           Parts::together(all.values, scale * of_prompts.values),
+           all.queries + scale * of_prompts.queries, at::Tensor()};
   }
-  steps.merge(dquery.contiguous(), parts.all, parts.scale, dqkv, 0);
-  return {dqkv, dgate};
+  const at::Tensor dqkv = at::stack({all.queries * parts.scale, all.keys, all.values});
+  return {dqkv.permute({1, 3, 0, 2, 4}).flatten(2).contiguous(), dgate};
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention(const at::Tensor& qkv, int64_t heads,
-                                                         const Gate& gate, int64_t prompts) {
-  static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-      const at::Tensor&, int64_t, const Gate&, int64_t)>("attention");
+at::Tensor attention(const at::Tensor& qkv, int64_t heads, const Gate& gate, int64_t prompts) {
+  static const auto op =
+      find_operator<at::Tensor(const at::Tensor&, int64_t, const Gate&, int64_t)>("attention");
   return op.call(qkv, heads, gate, prompts);
 }
 
 std::tuple<at::Tensor, at::Tensor> attention_backward(const at::Tensor& grad, const at::Tensor& qkv,
-                                                      const at::Tensor& weights,
-                                                      const at::Tensor& prompt_weights,
                                                       int64_t heads, const Gate& gate,
                                                       int64_t prompts) {
   static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor>(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
-      const Gate&, int64_t)>("attention_backward");
-  return op.call(grad, qkv, weights, prompt_weights, heads, gate, prompts);
+      const at::Tensor&, const at::Tensor&, int64_t, const Gate&, int64_t)>("attention_backward");
+  return op.call(grad, qkv, heads, gate, prompts);
 }
 
 TORCH_LIBRARY_IMPL(ntkcl, Meta, m) {
@@ -341,13 +243,13 @@ TORCH_LIBRARY_IMPL(ntkcl, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(ntkcl, CPU, m) {
-  m.impl("attention", &attention_with<CpuSteps>);
-  m.impl("attention_backward", &attention_backward_with<CpuSteps>);
+  m.impl("attention", &attention_cpu);
+  m.impl("attention_backward", &attention_backward_cpu);
 }
 
 TORCH_LIBRARY_IMPL(ntkcl, CUDA, m) {
-  m.impl("attention", &attention_with<TorchSteps>);
-  m.impl("attention_backward", &attention_backward_with<TorchSteps>);
+  m.impl("attention", &attention_of_torch);
+  m.impl("attention_backward", &attention_backward_of_torch);
 }
 
 }  // namespace ntkcl::ops

@@ -13,8 +13,8 @@ namespace {
 
 using at::autocast::cached_cast;
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_autocast(
-    const at::Tensor& qkv, int64_t heads, const std::optional<at::Tensor>& gate, int64_t prompts) {
+at::Tensor attention_autocast(const at::Tensor& qkv, int64_t heads,
+                              const std::optional<at::Tensor>& gate, int64_t prompts) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
   const auto cast = [&](const at::Tensor& t) {
     return cached_cast(qkv.scalar_type(), t, qkv.device().type());

@@ -17,24 +17,22 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 struct AttentionFunction : Function<AttentionFunction> {
-  static variable_list forward(AutogradContext* context, const at::Tensor& qkv, int64_t heads,
-                               const std::optional<at::Tensor>& gate, int64_t prompts) {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& qkv, int64_t heads,
+                            const std::optional<at::Tensor>& gate, int64_t prompts) {
     const AutoDispatchBelowADInplaceOrView guard;
-    auto [out, weights, prompt_weights] = attention(qkv, heads, gate, prompts);
-    context->save_for_backward({qkv, weights, prompt_weights, gate.value_or(at::Tensor())});
-    context->mark_non_differentiable({weights, prompt_weights});
+    context->save_for_backward({qkv, gate.value_or(at::Tensor())});
     context->saved_data["heads"] = heads;
     context->saved_data["prompts"] = prompts;
-    return {out, weights, prompt_weights};
+    return attention(qkv, heads, gate, prompts);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const variable_list saved = context->get_saved_variables();
-    const Variable& gate = saved[3];
-    auto [dqkv, dgate] = attention_backward(grads[0], saved[0], saved[1], saved[2],
-                                            context->saved_data["heads"].toInt(),
-                                            gate.defined() ? std::optional(gate) : std::nullopt,
-                                            context->saved_data["prompts"].toInt());
+    const Variable& gate = saved[1];
+    auto [dqkv, dgate] =
+        attention_backward(grads[0], saved[0], context->saved_data["heads"].toInt(),
+                           gate.defined() ? std::optional(gate) : std::nullopt,
+                           context->saved_data["prompts"].toInt());
     return {dqkv, Variable(), gate.defined() ? dgate : Variable(), Variable()};
   }
 };
@@ -82,10 +80,9 @@ struct SectionCosineFunction : Function<SectionCosineFunction> {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_autograd(
-    const at::Tensor& qkv, int64_t heads, const std::optional<at::Tensor>& gate, int64_t prompts) {
-  const variable_list results = AttentionFunction::apply(qkv, heads, gate, prompts);
-  return {results[0], results[1], results[2]};
+at::Tensor attention_autograd(const at::Tensor& qkv, int64_t heads,
+                              const std::optional<at::Tensor>& gate, int64_t prompts) {
+  return AttentionFunction::apply(qkv, heads, gate, prompts);
 }
 
 at::Tensor bias_relu_dropout_autograd(const at::Tensor& x, const at::Tensor& bias,

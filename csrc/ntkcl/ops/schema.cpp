@@ -22,11 +22,10 @@
 // Types: float32, float64, bfloat16 (computed with as float32). Non-contiguous inputs are copied.
 // Random numbers: a key tensor, never a generator, so that all devices draw the same.
 TORCH_LIBRARY(ntkcl, m) {
-  m.def("attention(Tensor qkv, int heads, Tensor? gate, int prompts) -> (Tensor, Tensor, Tensor)");
+  m.def("attention(Tensor qkv, int heads, Tensor? gate, int prompts) -> Tensor");
   m.def(
-      "attention_backward(Tensor grad, Tensor qkv, Tensor weights, Tensor prompt_weights, int "
-      "heads,"
-      " Tensor? gate, int prompts) -> (Tensor, Tensor)");
+      "attention_backward(Tensor grad, Tensor qkv, int heads, Tensor? gate, int prompts)"
+      " -> (Tensor, Tensor)");
   m.def("bias_relu_dropout(Tensor x, Tensor bias, Tensor? mask, Tensor? key, float p) -> Tensor");
   m.def("bias_relu_dropout_backward(Tensor grad, Tensor y, float p) -> (Tensor, Tensor)");
   m.def("philox_keep_mask(Tensor key, SymInt[] size, float p) -> Tensor");

@@ -69,7 +69,10 @@ class Sam : public Optimizer {
   TensorLists gradients_at(const std::vector<at::Tensor>& ascent, const GradientFn& gradients) {
     const auto add = [&] {
       const c10::NoGradGuard no_grad;
-      std::vector<at::Tensor> before = at::_foreach_clone(parameters_);
+      std::vector<at::Tensor> before;
+      for (const at::Tensor& parameter : parameters_) {
+        before.push_back(parameter.clone());
+      }
       at::_foreach_add_(parameters_, ascent);
       return before;
     };

@@ -1,0 +1,117 @@
+#include <vector>
+
+#include "ntkcl/kernels/small_matmul_cpu.h"
+#include "testing.h"
+
+using namespace ntkcl::kernels;
+
+namespace {
+
+// Numbers that bfloat16 holds exactly, so that every sum of them is exact too.
+float number(int64_t i) {
+  return static_cast<float>((i * 2654435761U) % 17) - 8.0F;
+}
+
+struct Sizes {
+  int64_t m, n, k;
+};
+const Sizes kSizes[] = {{1, 16, 1}, {8, 16, 7}, {5, 48, 64}, {64, 208, 33}, {200, 64, 197}};
+
+template <class C>
+struct Matrices {
+  Sizes size;
+  std::vector<C> a, b, c, expected;
+
+  // `transposed`: a is stored (k, m), as weights are that are summed over their rows.
+  Matrices(Sizes s, bool transposed, bool add) : size(s) {
+    const int64_t rows = in_tiles(s.m, kTileRows);
+    a.resize(static_cast<size_t>(rows * s.k));
+    b.resize(static_cast<size_t>(s.k * s.n));
+    c.resize(static_cast<size_t>(rows * s.n));
+    for (size_t i = 0; i < a.size(); ++i) {
+      a[i] = number(static_cast<int64_t>(i));
+    }
+    for (size_t i = 0; i < b.size(); ++i) {
+      b[i] = number(static_cast<int64_t>(i) + 5);
+    }
+    for (size_t i = 0; i < c.size(); ++i) {
+      c[i] = number(static_cast<int64_t>(i) + 9);
+    }
+    row = transposed ? 1 : s.k;
+    column = transposed ? rows : 1;
+    expected.resize(static_cast<size_t>(s.m * s.n));
+    for (int64_t i = 0; i < s.m; ++i) {
+      for (int64_t j = 0; j < s.n; ++j) {
+        C sum = add ? c[static_cast<size_t>(i * s.n + j)] : C{0};
+        for (int64_t l = 0; l < s.k; ++l) {
+          sum += a[static_cast<size_t>(i * row + l * column)] * b[static_cast<size_t>(l * s.n + j)];
+        }
+        expected[static_cast<size_t>(i * s.n + j)] = sum;
+      }
+    }
+  }
+
+  SmallMatmul<C> arguments(bool add) {
+    return {a.data(), row, column, b.data(), size.n, c.data(), size.n, size.m, size.n, size.k, add};
+  }
+
+  void check() const {
+    for (size_t i = 0; i < expected.size(); ++i) {
+      REQUIRE(c[i] == expected[i]);
+    }
+  }
+
+  int64_t row, column;
+};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("small products are exact at every vector width", "[kernels]", float, double) {
+  for (const auto& version : small_matmul_versions<TestType>()) {
+    for (const Sizes size : kSizes) {
+      for (const bool transposed : {false, true}) {
+        for (const bool add : {false, true}) {
+          CAPTURE(version.name, size.m, size.n, size.k, transposed, add);
+          Matrices<TestType> matrices(size, transposed, add);
+          version.function(matrices.arguments(add));
+          matrices.check();
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("products of bfloat16 pairs are exact", "[kernels]") {
+  if (!has_bfloat16_products()) {
+    WARN("this processor has no bfloat16 products");
+    return;
+  }
+  for (const Sizes size : kSizes) {
+    for (const bool add : {false, true}) {
+      CAPTURE(size.m, size.n, size.k, add);
+      Matrices<float> matrices(size, false, add);
+      // Pairs along k: of a side by side, of b row over row, zero where k is odd.
+      const int64_t pairs = (size.k + 1) / 2, rows = in_tiles(size.m, kTileRows);
+      std::vector<BFloat16Pair> a(static_cast<size_t>(rows * pairs)),
+          b(static_cast<size_t>(pairs * size.n));
+      const auto at = [](const std::vector<float>& x, int64_t i, bool there) {
+        return store<BFloat16>(there ? x[static_cast<size_t>(i)] : 0.0F);
+      };
+      for (int64_t j = 0; j < pairs; ++j) {
+        const bool second = 2 * j + 1 < size.k;
+        for (int64_t i = 0; i < rows; ++i) {
+          a[static_cast<size_t>(i * pairs + j)] = {at(matrices.a, i * size.k + 2 * j, true),
+                                                   at(matrices.a, i * size.k + 2 * j + 1, second)};
+        }
+        for (int64_t i = 0; i < size.n; ++i) {
+          b[static_cast<size_t>(j * size.n + i)] = {
+              at(matrices.b, 2 * j * size.n + i, true),
+              at(matrices.b, (2 * j + 1) * size.n + i, second)};
+        }
+      }
+      small_matmul_cpu<BFloat16Pair>({a.data(), pairs, 1, b.data(), size.n, matrices.c.data(),
+                                      size.n, size.m, size.n, pairs, add});
+      matrices.check();
+    }
+  }
+}
