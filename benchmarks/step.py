@@ -45,7 +45,7 @@ from step_pytorch import CarefulStep, PlainStep
 
 VARIANTS = ("plain", "careful", "compiled", "ours")
 # Against plain PyTorch in float32: relative error of a gradient, by its norm.
-GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 # What careful users set: no page faults for large tensors, workers that sleep when they wait.
 CAREFUL_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
@@ -238,7 +238,7 @@ class Process:
         command = [sys.executable, __file__, "--worker", self.name]
         for key in ("model", "batch", "task", "device", "precision", "threads"):
             command += [f"--{key}", str(getattr(a, key))]
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        environment = dict(os.environ)
         if self.name in ("careful", "compiled", "floor"):
             environment |= CAREFUL_ENVIRONMENT
         self.process = subprocess.Popen(

@@ -41,9 +41,7 @@ class MethodSession : private methods::TaskServices {
                 const nn::VisionTransformer& backbone, int64_t tasks, const py::dict& train,
                 const std::optional<py::function>& draws, bool as_run)
       : options_(train_options(train)),
-        vit_(backbone.to(train::resolve_precision(options_.precision),
-                         train::resolve_device(options_.device),
-                         train::resolve_products(options_.precision))),
+        vit_(train::prepare_backbone(backbone, options_)),
         random_(draws ? recorded_random(0, *draws) : std::make_unique<methods::RandomSource>(0)) {
     if (as_run) {
       scope_.emplace(options_, vit_.options().device());

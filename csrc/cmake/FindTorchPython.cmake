@@ -47,6 +47,17 @@ if(TorchPython_FOUND AND NOT TARGET Torch::torch)
   target_compile_definitions(Torch::torch INTERFACE
     _GLIBCXX_USE_CXX11_ABI=${_abi} USE_C10D USE_DISTRIBUTED)
 
+  # at::parallel_for is a template: without OpenMP here it runs in one thread. The runtime is the
+  # wheel's own where it has one, so that there is only one.
+  file(GLOB _gomp "${TORCH_DIR}/lib/libgomp*.so*")
+  target_compile_options(Torch::torch INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
+  if(_gomp)
+    list(GET _gomp 0 _gomp)
+    target_link_libraries(Torch::torch INTERFACE "${_gomp}")
+  else()
+    target_link_options(Torch::torch INTERFACE -fopenmp)
+  endif()
+
   _torch_target(python torch_python)
   target_link_libraries(Torch::python INTERFACE Torch::torch)
 

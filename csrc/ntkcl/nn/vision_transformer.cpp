@@ -110,18 +110,18 @@ void VisionTransformer::visit(Self& self, Visitor&& visitor) {
   for (size_t l = 0; l < self.blocks_.size(); ++l) {
     const std::string block = "blocks." + std::to_string(l) + ".";
     auto& b = self.blocks_[l];
-    visitor(block + "norm1.weight", b.norm1_weight);
-    visitor(block + "norm1.bias", b.norm1_bias);
-    visitor(block + "attn.qkv.weight", b.qkv_weight);
-    visitor(block + "attn.qkv.bias", b.qkv_bias);
-    visitor(block + "attn.proj.weight", b.proj_weight);
-    visitor(block + "attn.proj.bias", b.proj_bias);
-    visitor(block + "norm2.weight", b.norm2_weight);
-    visitor(block + "norm2.bias", b.norm2_bias);
-    visitor(block + "mlp.fc1.weight", b.fc1_weight);
-    visitor(block + "mlp.fc1.bias", b.fc1_bias);
-    visitor(block + "mlp.fc2.weight", b.fc2_weight);
-    visitor(block + "mlp.fc2.bias", b.fc2_bias);
+    visitor(block + "norm1.weight", b.norm_weight);
+    visitor(block + "norm1.bias", b.norm_bias);
+    visitor(block + "attn.qkv.weight", b.qkv.weight);
+    visitor(block + "attn.qkv.bias", b.qkv.bias);
+    visitor(block + "attn.proj.weight", b.proj.weight);
+    visitor(block + "attn.proj.bias", b.proj.bias);
+    visitor(block + "norm2.weight", b.mlp.norm_weight);
+    visitor(block + "norm2.bias", b.mlp.norm_bias);
+    visitor(block + "mlp.fc1.weight", b.mlp.fc1.weight);
+    visitor(block + "mlp.fc1.bias", b.mlp.fc1.bias);
+    visitor(block + "mlp.fc2.weight", b.mlp.fc2.weight);
+    visitor(block + "mlp.fc2.bias", b.mlp.fc2.bias);
   }
   visitor("norm.weight", self.norm_weight_);
   visitor("norm.bias", self.norm_bias_);
@@ -186,6 +186,13 @@ VisionTransformer::VisionTransformer(const TensorMap& weights, int64_t heads, in
   NTKCL_CHECK(image_size_ % patch_size_ == 0, kWhere, "image_size: expected a multiple of the ",
               "patch size ", patch_size_, ", got ", image_size_);
   position_ = resize_position(position_, image_size_ / patch_size_);
+  split_last_projection();
+}
+
+void VisionTransformer::split_last_projection() {
+  Block& last = blocks_.back();
+  last.query = last.qkv.outputs(0, width_);
+  last.key_value = last.qkv.outputs(width_, 2 * width_);
 }
 
 VisionTransformer VisionTransformer::to(at::ScalarType dtype, at::Device device,
@@ -196,11 +203,45 @@ VisionTransformer VisionTransformer::to(at::ScalarType dtype, at::Device device,
         name.find(".attn.") != std::string::npos || name.find(".mlp.") != std::string::npos;
     tensor = tensor.to(device, product ? products.value_or(dtype) : dtype);
   });
+  for (Block& block : copy.blocks_) {
+    for (FrozenLinear* linear : {&block.qkv, &block.proj, &block.mlp.fc1, &block.mlp.fc2}) {
+      *linear = {.weight = linear->weight, .bias = linear->bias};
+    }
+  }
+  copy.split_last_projection();
+  return copy;
+}
+
+VisionTransformer VisionTransformer::packed() const {
+  constexpr int64_t kImages = 16;  // a usual batch
+  VisionTransformer copy = *this;
+  for (Block& block : copy.blocks_) {
+    const bool last = &block == &copy.blocks_.back();
+    const int64_t tokens_after_attention = last ? 1 : tokens();
+    for (FrozenLinear* linear : {&block.proj, &block.mlp.fc1, &block.mlp.fc2}) {
+      *linear = linear->pack(kImages * tokens_after_attention);
+    }
+    // The last block's whole projection serves only those who look inside.
+    if (last) {
+      block.query = block.query.pack(kImages);
+      block.key_value = block.key_value.pack(kImages * tokens());
+    } else {
+      block.qkv = block.qkv.pack(kImages * tokens());
+    }
+  }
+  return copy;
+}
+
+VisionTransformer VisionTransformer::recomputing(bool recompute) const {
+  VisionTransformer copy = *this;
+  for (Block& block : copy.blocks_) {
+    block.mlp.recompute = recompute;
+  }
   return copy;
 }
 
 at::ScalarType VisionTransformer::product_type() const {
-  return blocks_.front().qkv_weight.scalar_type();
+  return blocks_.front().qkv.weight.scalar_type();
 }
 
 at::Tensor VisionTransformer::embed(const at::Tensor& images) const {
@@ -219,18 +260,17 @@ at::Tensor VisionTransformer::embed(const at::Tensor& images) const {
 at::Tensor VisionTransformer::attention(int64_t block, const at::Tensor& x,
                                         const AttentionOptions& options) const {
   const Block& w = blocks_[static_cast<size_t>(block)];
-  const at::Tensor y = layer_norm(x, w.norm1_weight, w.norm1_bias).to(product_type());
+  const at::Tensor y = layer_norm(x, w.norm_weight, w.norm_bias).to(product_type());
   const at::Tensor mixed = x.is_cpu() && !options.class_token_only ? mix_packed(w, y, options)
                                                                    : mix_heads(w, y, options);
   const at::Tensor residual = options.class_token_only ? x.narrow(1, 0, 1) : x;
-  return residual + at::linear(mixed, w.proj_weight, w.proj_bias);
+  return residual + w.proj(mixed);
 }
 
 at::Tensor VisionTransformer::mix_packed(const Block& w, const at::Tensor& y,
                                          const AttentionOptions& options) const {
-  const at::Tensor qkv = at::linear(y, w.qkv_weight, w.qkv_bias);
   const auto gate = gate_of(options);
-  return ops::attention(qkv, heads_, gate, gate ? options.prompts : 0);
+  return ops::attention(w.qkv(y), heads_, gate, gate ? options.prompts : 0);
 }
 
 at::Tensor VisionTransformer::mix_heads(const Block& w, const at::Tensor& y,
@@ -238,13 +278,12 @@ at::Tensor VisionTransformer::mix_heads(const Block& w, const at::Tensor& y,
   const int64_t c = width_;
   at::Tensor query, key, value;
   if (options.class_token_only) {
-    const at::Tensor kv =
-        at::linear(y, w.qkv_weight.narrow(0, c, 2 * c), w.qkv_bias.narrow(0, c, 2 * c));
-    query = at::linear(y.narrow(1, 0, 1), w.qkv_weight.narrow(0, 0, c), w.qkv_bias.narrow(0, 0, c));
+    const at::Tensor kv = w.key_value(y);
+    query = w.query(y.narrow(1, 0, 1));
     key = kv.narrow(2, 0, c);
     value = kv.narrow(2, c, c);
   } else {
-    const at::Tensor qkv = at::linear(y, w.qkv_weight, w.qkv_bias);
+    const at::Tensor qkv = w.qkv(y);
     query = qkv.narrow(2, 0, c);
     key = qkv.narrow(2, c, c);
     value = qkv.narrow(2, 2 * c, c);
@@ -271,9 +310,7 @@ std::optional<at::Tensor> VisionTransformer::gate_of(const AttentionOptions& opt
 }
 
 at::Tensor VisionTransformer::mlp(int64_t block, const at::Tensor& hidden) const {
-  const Block& w = blocks_[static_cast<size_t>(block)];
-  const at::Tensor y = layer_norm(hidden, w.norm2_weight, w.norm2_bias).to(product_type());
-  return at::linear(at::gelu(at::linear(y, w.fc1_weight, w.fc1_bias)), w.fc2_weight, w.fc2_bias);
+  return blocks_[static_cast<size_t>(block)].mlp(hidden);
 }
 
 at::Tensor VisionTransformer::class_feature(const at::Tensor& x) const {

@@ -40,6 +40,16 @@ std::optional<at::ScalarType> resolve_products(const std::string& name) {
   return name == "bfloat16" ? std::optional(at::kBFloat16) : std::nullopt;
 }
 
+nn::VisionTransformer prepare_backbone(const nn::VisionTransformer& backbone,
+                                       const TrainOptions& options) {
+  const nn::VisionTransformer vit =
+      backbone
+          .to(resolve_precision(options.precision), resolve_device(options.device),
+              resolve_products(options.precision))
+          .recomputing(options.recompute);
+  return options.cpu_matmul == "auto" ? vit.packed() : vit;
+}
+
 bool medium_matmul_is_float32() {
   const at::NoGradGuard no_grad;
   // Entries of a fixed pattern with many significant bits.

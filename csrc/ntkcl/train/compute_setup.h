@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "ntkcl/nn/vision_transformer.h"
 #include "ntkcl/train/activation_memory.h"
 #include "ntkcl/train/options.h"
 
@@ -15,6 +16,10 @@ at::Device resolve_device(const std::string& name);
 at::ScalarType resolve_precision(const std::string& name);
 // The type of the frozen backbone's products where it is not that of all else.
 std::optional<at::ScalarType> resolve_products(const std::string& name);
+
+// The backbone as a run computes with it.
+nn::VisionTransformer prepare_backbone(const nn::VisionTransformer& backbone,
+                                       const TrainOptions& options);
 
 // Whether at::linear in float32 with torch's matmul precision "medium" still computes in float32 on
 // this processor: with AMX it means bf16, elsewhere it only chooses the faster GEMM library.

@@ -22,6 +22,7 @@ struct TrainOptions {
   bool deterministic = true;
   int64_t threads = 0;
   std::string cpu_matmul = "auto";
+  bool recompute = false;
   optim::OptimizerOptions optimizer;
   optim::ScheduleOptions schedule;
 
@@ -49,7 +50,12 @@ struct TrainOptions {
       "bit-equal results for the same seed, device, build and thread count");
     v("threads", threads, at_least(0), "CPU threads of the arithmetic; 0: torch's default");
     v("cpu_matmul", cpu_matmul, one_of({"auto", "default"}),
-      "auto: the faster float32 GEMM library, where a probe shows that it computes in float32");
+      "auto: the frozen matrices in the layout of the processor's best product, other products by "
+      "the faster float32 GEMM library where a probe shows that it computes in float32; default: "
+      "torch's own choice");
+    v("recompute", recompute, anything(),
+      "keep less for the backward pass and compute the activations of the backbone's MLPs anew: "
+      "about half the memory of a step for a tenth more time");
     optimizer.visit(v);
     schedule.visit(v);
   }

@@ -65,8 +65,7 @@ Trainer::Trainer(const std::string& method, const OptionMap& method_options, Tra
                  std::unique_ptr<methods::RandomSource> random)
     : options_(std::move(options)),
       device_(resolve_device(options_.device)),
-      vit_(backbone.to(resolve_precision(options_.precision), device_,
-                       resolve_products(options_.precision))),
+      vit_(prepare_backbone(backbone, options_)),
       data_(std::move(data)),
       random_(std::move(random)),
       class_number_(inverse_order(data_.class_order)),

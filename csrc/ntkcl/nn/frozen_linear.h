@@ -1,0 +1,38 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace ntkcl::nn {
+
+// y = x W^T + b with a weight that is never trained: no gradient but that of x, and nothing kept
+// for it.
+//
+// Note: packed, W and W^T lie in the layout that oneDNN's product of this processor wants, beside
+// the weight itself, and the bias is added inside the product. The choice depends on the processor
+// alone, never on a measurement, so that results do not change from run to run.
+struct FrozenLinear {
+  at::Tensor weight{};  // (out, in)
+  at::Tensor bias{};    // (out)
+  // Undefined: torch's own product.
+  at::Tensor packed{}, packed_transposed{};
+
+  // (..., in) -> (..., out)
+  at::Tensor operator()(const at::Tensor& x) const;
+  // (..., out) -> (..., in): grad W, the gradient of x. Builds no graph of its own.
+  at::Tensor input_gradient(const at::Tensor& grad) const;
+  // gelu(y), exact. Where nothing is differentiated it is computed inside the product.
+  at::Tensor gelu(const at::Tensor& x) const;
+
+  // Outputs first .. first + count.
+  FrozenLinear outputs(int64_t first, int64_t count) const;
+  // On the CPU, in float32 and, where the processor computes with it, bfloat16; else as it is.
+  // `rows`: about how many rows of x there will be.
+  FrozenLinear pack(int64_t rows) const;
+
+ private:
+  bool uses_packed(const at::Tensor& x) const { return packed.defined() && x.numel() > 0; }
+};
+
+}  // namespace ntkcl::nn
