@@ -250,10 +250,10 @@ class MethodSession:
         method: str,
         method_options: dict,
         backbone: VisionTransformer,
-        dtype: torch.dtype,
         tasks: typing.SupportsInt | typing.SupportsIndex,
-        optimizer: dict = {},
+        train: dict = {},
         draws: collections.abc.Callable | None = None,
+        as_run: bool = False,
     ) -> None: ...
     def begin_task(
         self,
@@ -278,6 +278,7 @@ class MethodSession:
         images: torch.Tensor,
         labels: torch.Tensor,
         learning_rate: typing.SupportsFloat | typing.SupportsIndex,
+        gradients: bool = True,
     ) -> dict: ...
 
 class ParameterGroup:
