@@ -588,3 +588,21 @@ def test_the_faster_matrix_product_computes_the_same(tmp_path: Path) -> None:
     for a, b in zip(step_losses(auto), step_losses(default), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("mode", ["channel", "patch"])
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
+def test_keeping_less_changes_no_gradient(mode: str, precision: str) -> None:
+    # Protects: what recompute computes anew is what it did not keep, to the bit.
+    images, labels = images_of(2, 2, np.random.default_rng(1))
+    batch, labels = pixels(images), torch.from_numpy(labels)
+    options = {"mode": mode, "adapter_dropout": 0.0}
+    gradients = []
+    for recompute in (False, True):
+        train = {"precision": precision, "recompute": recompute}
+        session = _C.MethodSession("ntk-cl", options, backbone(), tasks=2, train=train)
+        session.begin_task(0, 0, 2, 2, 4, batch, labels)
+        session.step(batch, labels, 0.05)  # the first leaves zero weights behind
+        gradients.append(session.step(batch, labels, 0.05)["gradients"])
+    for kept, computed in zip(*gradients, strict=True):
+        assert torch.equal(kept, computed)
