@@ -2,7 +2,8 @@
 
 // NTKCL_MULTIVERSION before a function compiles it for AVX-512, AVX2 and the baseline; the loader
 // picks one for the machine at hand. All give the same bits: no re-association and, but for
-// attention and its matrix products, no fused multiply-add. What such a function calls must be NTKCL_INLINE, or it stays baseline code.
+// attention and its matrix products, no fused multiply-add. What such a function calls must be
+// NTKCL_INLINE, or it stays baseline code.
 // Sanitizers instrument the picking itself, which runs too early for them.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)

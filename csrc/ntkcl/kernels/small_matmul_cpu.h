@@ -7,7 +7,7 @@
 
 namespace ntkcl::kernels {
 
-// Small matrices are stored in whole tiles: their rows and columns are padded to multiples of these.
+// Small matrices are stored in whole tiles: rows and columns are padded to multiples of these.
 // What stands in the padding is computed with, but reaches nothing outside it.
 constexpr int64_t kTileRows = 8;
 constexpr int64_t kTileColumns = 16;
@@ -50,8 +50,8 @@ struct SmallMatmul {
 };
 
 // E in float, double and, where the processor multiplies them itself, BFloat16Pair. In the calling
-// thread, with fused multiply-add where there is one; equal bits on equal machines. Near the rate of
-// a GEMM library, without its cost of starting and packing.
+// thread, with fused multiply-add where there is one; equal bits on equal machines. Near the rate
+// of a GEMM library, without its cost of starting and packing.
 template <class E>
 void small_matmul_cpu(const SmallMatmul<E>& args);
 
