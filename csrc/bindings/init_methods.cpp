@@ -33,8 +33,8 @@ class RecordedRandom : public methods::RandomSource {
 };
 
 // One method outside the task loop, step by step: for benchmarks, tests and looking inside. `train`
-// holds keys of TrainOptions (device: cpu unless given); with `as_run`, threads, matrix products and
-// memory are set up as in a run for as long as the session lives.
+// holds keys of TrainOptions (device: cpu unless given); with `as_run`, threads, matrix products
+// and memory are set up as in a run for as long as the session lives.
 class MethodSession : private methods::TaskServices {
  public:
   MethodSession(const std::string& method, const py::dict& method_options,
