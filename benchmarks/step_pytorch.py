@@ -55,6 +55,20 @@ def dissimilarity(fused: torch.Tensor, labels: torch.Tensor, old: torch.Tensor, 
     return torch.where(positive, s, minus_infinity).flatten().logsumexp(0) - each.mean()
 
 
+def common_losses(
+    p: Problem, features: tuple[torch.Tensor, ...], labels: torch.Tensor, weights: Tensors,
+    old: torch.Tensor, drawn: torch.Tensor,
+) -> Tensors:  # fmt: skip
+    """What both steps compute alike: the cross-entropies and L_dis of (F_c, F_p, F_m)."""
+    names = ("ce_channel", "ce_patch", "ce_fused")
+    losses = {
+        name: cross_entropy(f, weights, labels - p.old_classes)
+        for name, f in zip(names, features, strict=True)
+    }
+    losses["l_dis"] = dissimilarity(features[2], labels, old[drawn], drawn, p.temperature)
+    return losses
+
+
 class PlainStep:
     """One pass after another, every constant computed in every step, torch's default settings."""
 
@@ -91,15 +105,11 @@ class PlainStep:
         )
         fused = self.fuse(channel, patch, masks.get("fusion"))
 
-        local = labels - p.old_classes
-        old = self.frozen["prototypes"]
-        count = min(p.batch, len(old))
-        drawn = p.drawn.to(self.device) if verify else torch.randperm(len(old))[:count]
-        losses = {
-            "ce_channel": cross_entropy(channel, self.parameters, local),
-            "ce_patch": cross_entropy(patch, self.parameters, local),
-            "ce_fused": cross_entropy(fused, self.parameters, local),
-            "l_dis": dissimilarity(fused, labels, old[drawn], drawn, p.temperature),
+        drawn = p.drawn if verify else torch.randperm(p.old_classes)[: p.batch]
+        features = channel, patch, fused
+        losses = common_losses(
+            p, features, labels, self.parameters, self.frozen["prototypes"], drawn.to(self.device)
+        ) | {
             "l_orth": self.orthogonality(channel) + self.orthogonality(patch),
             "l_reg": self.regulariser(),
         }
@@ -243,15 +253,11 @@ class CarefulStep:
         patch = torch.cat([frozen_patch, self.patch_pass(*first, self.parameters, "")], 1)
         fused = self.fuse(channel, patch, masks.get("fusion"))
 
-        local = labels - p.old_classes
-        old = self.frozen["prototypes"]
-        count = min(p.batch, len(old))
-        drawn = p.drawn.to(self.device) if verify else torch.randperm(len(old))[:count]
-        losses = {
-            "ce_channel": cross_entropy(channel, self.parameters, local),
-            "ce_patch": cross_entropy(patch, self.parameters, local),
-            "ce_fused": cross_entropy(fused, self.parameters, local),
-            "l_dis": dissimilarity(fused, labels, old[drawn], drawn, p.temperature),
+        drawn = p.drawn if verify else torch.randperm(p.old_classes)[: p.batch]
+        features = channel, patch, fused
+        losses = common_losses(
+            p, features, labels, self.parameters, self.frozen["prototypes"], drawn.to(self.device)
+        ) | {
             "l_orth": sum((F.normalize(f) @ self.direction).sum() for f in (channel, patch)),
         }
         weights = {"l_dis": p.eta, "l_orth": p.upsilon}

@@ -296,28 +296,12 @@ struct Products {
 
   // a (rows, width) with b (width, keys), both along the width.
   void with_keys(const E* a, const E* b, C* c) const {
-    small_matmul_cpu<E>({.a = a,
-                         .a_row = p.width / Operand<E>::kNumbers,
-                         .b = b,
-                         .b_row = p.keys,
-                         .c = c,
-                         .c_row = p.keys,
-                         .m = rows,
-                         .n = p.keys,
-                         .k = elements<E>(sizes.width)});
+    multiply(a, p.width, b, p.keys, c, sizes.width);
   }
 
   // a (rows, keys) with b (keys, width), both along the keys.
   void over_keys(const E* a, const E* b, C* c) const {
-    small_matmul_cpu<E>({.a = a,
-                         .a_row = p.keys / Operand<E>::kNumbers,
-                         .b = b,
-                         .b_row = p.width,
-                         .c = c,
-                         .c_row = p.width,
-                         .m = rows,
-                         .n = p.width,
-                         .k = elements<E>(sizes.tokens)});
+    multiply(a, p.keys, b, p.width, c, sizes.tokens);
   }
 
   // Adds a^T (keys, rows) with b (rows, width), both along the rows.
@@ -333,6 +317,21 @@ struct Products {
                          .n = p.width,
                          .k = elements<E>(rows),
                          .add = true});
+  }
+
+ private:
+  // a, stored with a_columns numbers in a row, times b of b_columns, over `numbers` of them.
+  void multiply(const E* a, int64_t a_columns, const E* b, int64_t b_columns, C* c,
+                int64_t numbers) const {
+    small_matmul_cpu<E>({.a = a,
+                         .a_row = a_columns / Operand<E>::kNumbers,
+                         .b = b,
+                         .b_row = b_columns,
+                         .c = c,
+                         .c_row = b_columns,
+                         .m = rows,
+                         .n = b_columns,
+                         .k = elements<E>(numbers)});
   }
 };
 

@@ -2,7 +2,8 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
+
+#include "ntkcl/nn/held.h"
 
 namespace ntkcl::nn {
 namespace {
@@ -38,31 +39,23 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& packed, const at::Tens
                  activation, c10::List<std::optional<at::Scalar>>(), "none");
 }
 
-// What the graph holds of the weights.
-struct Holder : torch::CustomClassHolder {
-  explicit Holder(const FrozenLinear& l) : linear(l) {}
-  FrozenLinear linear;
-};
-
 struct FrozenLinearFunction : torch::autograd::Function<FrozenLinearFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x,
                             const FrozenLinear& linear) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    context->saved_data["linear"] = c10::IValue::make_capsule(c10::make_intrusive<Holder>(linear));
+    hold(context, linear);
     return linear(x);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const c10::intrusive_ptr<torch::CustomClassHolder> held =
-        context->saved_data["linear"].toCapsule();
-    return {static_cast<const Holder&>(*held).linear.input_gradient(grads[0]), at::Tensor()};
+    return {held<FrozenLinear>(context).input_gradient(grads[0]), at::Tensor()};
   }
 };
 
 }  // namespace
 
 at::Tensor FrozenLinear::operator()(const at::Tensor& x) const {
-  if (at::GradMode::is_enabled() && x.requires_grad()) {
+  if (differentiates(x)) {
     return FrozenLinearFunction::apply(x, *this);
   }
   return uses_packed(x) ? product(x, packed, bias, "none") : at::linear(x, weight, bias);
@@ -74,9 +67,7 @@ at::Tensor FrozenLinear::input_gradient(const at::Tensor& grad) const {
 }
 
 at::Tensor FrozenLinear::gelu(const at::Tensor& x) const {
-  const bool differentiates = at::GradMode::is_enabled() && x.requires_grad();
-  return uses_packed(x) && !differentiates ? product(x, packed, bias, "gelu")
-                                           : at::gelu((*this)(x));
+  return uses_packed(x) ? product(x, packed, bias, "gelu") : at::gelu((*this)(x));
 }
 
 FrozenLinear FrozenLinear::outputs(int64_t first, int64_t count) const {

@@ -22,7 +22,7 @@ struct FrozenLinear {
   at::Tensor operator()(const at::Tensor& x) const;
   // (..., out) -> (..., in): grad W, the gradient of x. Builds no graph of its own.
   at::Tensor input_gradient(const at::Tensor& grad) const;
-  // gelu(y), exact. Where nothing is differentiated it is computed inside the product.
+  // gelu(y), exact, packed inside the product: for passes of which nothing is differentiated.
   at::Tensor gelu(const at::Tensor& x) const;
 
   // Outputs first .. first + count.

@@ -1,15 +1,14 @@
 #include "ntkcl/nn/frozen_mlp.h"
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
+
+#include "ntkcl/nn/held.h"
 
 namespace ntkcl::nn {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-constexpr double kLayerNormEps = 1e-6;
 
 struct Normalised {
   at::Tensor out, mean, rstd;
@@ -21,12 +20,6 @@ Normalised normalise(const FrozenMlp& mlp, const at::Tensor& hidden) {
   return {out.to(mlp.fc1.weight.scalar_type()), mean, rstd};
 }
 
-// What the graph holds of the weights.
-struct Holder : torch::CustomClassHolder {
-  explicit Holder(const FrozenMlp& m) : mlp(m) {}
-  FrozenMlp mlp;
-};
-
 struct FrozenMlpFunction : torch::autograd::Function<FrozenMlpFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& hidden,
                             const FrozenMlp& mlp) {
@@ -35,14 +28,12 @@ struct FrozenMlpFunction : torch::autograd::Function<FrozenMlpFunction> {
     const at::Tensor inner = mlp.fc1(normalised.out);
     context->save_for_backward({hidden, normalised.mean, normalised.rstd});
     context->saved_data["inner"] = mlp.recompute ? at::Tensor() : inner;
-    context->saved_data["mlp"] = c10::IValue::make_capsule(c10::make_intrusive<Holder>(mlp));
+    hold(context, mlp);
     return mlp.fc2(at::gelu(inner));
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const c10::intrusive_ptr<torch::CustomClassHolder> held =
-        context->saved_data["mlp"].toCapsule();
-    const FrozenMlp& mlp = static_cast<const Holder&>(*held).mlp;
+    const auto mlp = held<FrozenMlp>(context);
     const variable_list saved = context->get_saved_variables();
     const at::Tensor& hidden = saved[0];
     at::Tensor inner = context->saved_data["inner"].toTensor();
@@ -61,7 +52,7 @@ struct FrozenMlpFunction : torch::autograd::Function<FrozenMlpFunction> {
 }  // namespace
 
 at::Tensor FrozenMlp::operator()(const at::Tensor& hidden) const {
-  if (at::GradMode::is_enabled() && hidden.requires_grad()) {
+  if (differentiates(hidden)) {
     return FrozenMlpFunction::apply(hidden, *this);
   }
   return fc2(fc1.gelu(normalise(*this, hidden).out));

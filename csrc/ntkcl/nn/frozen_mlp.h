@@ -4,6 +4,8 @@
 
 namespace ntkcl::nn {
 
+constexpr double kLayerNormEps = 1e-6;  // of timm's vision transformers
+
 // A block's MLP(LN2(h)), without the residual, of weights that are never trained:
 //
 //   fc2(gelu(fc1(layer_norm(h))))        (B, T, C) -> (B, T, C)

@@ -7,8 +7,6 @@
 namespace ntkcl::nn {
 namespace {
 
-constexpr double kLayerNormEps = 1e-6;
-
 // One block's generator, as views of the list.
 struct Generator {
   at::Tensor mix_weight, norm_weight, norm_bias, gate;

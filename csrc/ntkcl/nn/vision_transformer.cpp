@@ -12,7 +12,6 @@
 namespace ntkcl::nn {
 namespace {
 
-constexpr double kLayerNormEps = 1e-6;
 constexpr const char* kWhere = "vision_transformer";
 
 at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
