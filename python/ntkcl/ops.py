@@ -14,7 +14,13 @@ import torch
 
 from ntkcl import _C  # noqa: F401  # registers the operators
 
-__all__ = ["attention", "bias_relu_dropout", "philox_keep_mask", "section_cosine"]
+__all__ = [
+    "attention",
+    "bias_relu_dropout",
+    "composed_linear",
+    "philox_keep_mask",
+    "section_cosine",
+]
 
 
 def attention(
@@ -79,6 +85,73 @@ def bias_relu_dropout(
     Source: NTK-CL (arXiv 2407.17120), the adapter of the channel sub-network.
     """
     y: torch.Tensor = torch.ops.ntkcl.bias_relu_dropout(x, bias, mask, key, p)
+    return y
+
+
+def composed_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scale: Sequence[float],
+    *,
+    old_down: torch.Tensor | None = None,
+    old_up: torch.Tensor | None = None,
+    omega: torch.Tensor | None = None,
+    omega_scale: Sequence[float] = (),
+    composed: bool = False,
+    probe: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer whose weight is composed of low-rank modules, with a low-rank backward pass.
+
+    ``y = x W^T + bias`` for each of g matrices that read the same input (a block's q, k and v; or
+    g = 1), their results side by side, where with t old modules of rank r and a current one
+
+    ``W_j^T = weight_j^T + omega_scale[j] * sum_i omega[j, i] A_ji B_ji + scale[j] * A_j B_j``
+
+    The weight is composed once, so the cost of a pass does not grow with the number of modules;
+    gradients of the modules go through ``x A`` and ``dy B^T`` and need no gradient of the weight,
+    unless that is cheaper.
+
+    Args:
+        x: (..., in), float32, float64 or bfloat16.
+        weight: (g, out, in), of x's type: the pretrained weight, or with ``composed`` the whole W.
+        bias: (g*out), of x's type.
+        down: (g, in, r), A of the current module; float32 or float64, or of x's type.
+        up: (g, r, out), B of the current module, of down's type as all that follow.
+        scale: g numbers; where 0, the current module takes no part.
+        old_down: (g, in, t*r), A of the old modules side by side; a constant.
+        old_up: (g, t*r, out), B of the old modules; a constant.
+        omega: (g, t), their weights.
+        omega_scale: g numbers; where 0, the old modules take no part (they may be in the weight).
+        composed: Whether ``weight`` already holds the modules.
+        probe: (g), any numbers: with a gradient required, its gradient is no derivative but the
+            importance ``mean |W_j * dL/dW_j|`` of each matrix.
+
+    Returns:
+        (..., g*out), of x's type. x, weight, bias, down, up and omega are differentiable.
+
+    Raises:
+        ValueError: Shapes or devices do not fit.
+        TypeError: An element type is not one of the above.
+
+    Source: LoRAC-IPC (arXiv 2504.13407): the composition, and the importance of a matrix.
+    """
+    y: torch.Tensor = torch.ops.ntkcl.composed_linear(
+        x,
+        weight,
+        bias,
+        down,
+        up,
+        list(scale),
+        old_down,
+        old_up,
+        omega,
+        list(omega_scale),
+        composed,
+        probe,
+    )
     return y
 
 

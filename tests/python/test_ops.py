@@ -8,7 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import ntkcl
-from ntkcl.ops import attention, bias_relu_dropout, philox_keep_mask, section_cosine
+from ntkcl.ops import (
+    attention,
+    bias_relu_dropout,
+    composed_linear,
+    philox_keep_mask,
+    section_cosine,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 # Tolerances against a float64 reference of the same inputs.
@@ -52,6 +58,26 @@ def reference_attention(qkv, heads, gate=None, prompts=0):
         apart = scores[..., is_prompt].softmax(-1) @ value[:, :, is_prompt]
         mixed = mixed + gate[:, None, None] * apart
     return mixed.transpose(1, 2).flatten(2)
+
+
+def reference_composed_weight(a):
+    """(g, in, out) of the arguments by name, each A_i B_i formed."""
+    weight = a["weight"].transpose(1, 2)
+    weight = weight + torch.tensor(a["scale"])[:, None, None] * (a["down"] @ a["up"])
+    if a["omega"] is not None:
+        modules = a["omega"].shape[1]
+        for i in range(modules):
+            down = a["old_down"].chunk(modules, dim=2)[i]
+            up = a["old_up"].chunk(modules, dim=1)[i]
+            factor = torch.tensor(a["omega_scale"]) * a["omega"][:, i]
+            weight = weight + factor[:, None, None] * (down @ up)
+    return weight
+
+
+def reference_composed_linear(a):
+    weight = reference_composed_weight(a)
+    y = torch.cat([a["x"] @ w for w in weight], dim=-1)
+    return y if a["bias"] is None else y + a["bias"]
 
 
 def reference_section_cosine(x, prototypes, weights):
@@ -544,6 +570,156 @@ def test_section_cosine_errors():
         section_cosine(x, prototypes.to("meta"), weights)
 
 
+# --- composed_linear ----------------------------------------------------------------------------
+
+# (shape of x without its width, g, in, out, rank, old modules)
+COMPOSED = [
+    ((1,), 1, 1, 1, 1, 0),
+    ((2, 5), 3, 6, 6, 2, 0),  # few rows: gradients of rows
+    ((4,), 3, 24, 24, 2, 3),
+    ((300,), 2, 6, 10, 3, 4),  # many rows and columns: by the dense gradient
+    ((3, 7), 1, 8, 20, 4, 1),
+    ((50,), 1, 20, 8, 4, 2),
+]
+LEAVES = ["x", "weight", "bias", "down", "up", "omega"]
+
+
+def composed_inputs(size, dtype=torch.float32, bias=True):
+    rows, g, width, out, rank, modules = size
+    arguments = {
+        "x": random(*rows, width, seed=1),
+        "weight": random(g, out, width, seed=2),
+        "bias": random(g * out, seed=3) if bias else None,
+        "down": random(g, width, rank, seed=4),
+        "up": random(g, rank, out, seed=5),
+        "scale": [0.5, 0.0, 0.25][:g],
+        "old_down": random(g, width, modules * rank, seed=6) if modules else None,
+        "old_up": random(g, modules * rank, out, seed=7) if modules else None,
+        "omega": random(g, modules, seed=8) if modules else None,
+        "omega_scale": [0.0, 0.5, 0.125][-g:] if modules else [],
+    }
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+def with_gradients(arguments, names=LEAVES, dtype=None):
+    return {
+        name: value.detach().clone().to(dtype or value.dtype).requires_grad_(name in names)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in arguments.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", COMPOSED)
+def test_composed_linear_equals_pytorch(dtype, size):
+    ours = with_gradients(composed_inputs(size, dtype))
+    reference = with_gradients(ours, dtype=torch.float64)
+    y = composed_linear(**ours)
+    expected = reference_composed_linear(reference)
+    assert_close(y, expected, dtype, scale=4)
+    grad = random(*y.shape, seed=9).to(dtype)
+    y.backward(grad)
+    expected.backward(grad.double())
+    for name in LEAVES:
+        if ours[name] is not None:
+            # Of bfloat16, what passes through x A or dy B^T is rounded on the way.
+            scale = 3 * reference[name].grad.abs().max().item()
+            assert_close(ours[name].grad, reference[name].grad, dtype, scale=scale)
+
+
+@pytest.mark.parametrize("size", COMPOSED)
+def test_composed_linear_takes_the_cheaper_way_to_the_same_gradients(size):
+    # With the weight's gradient everything goes by the dense one; without it, by the cheaper.
+    names = ["down", "up", "omega"]
+    both = [
+        with_gradients(composed_inputs(size, torch.float64), wanted)
+        for wanted in (names, [*names, "weight"])
+    ]
+    for arguments in both:
+        y = composed_linear(**arguments)
+        y.backward(random(*y.shape, seed=9).double())
+    for name in names:
+        if both[0][name] is not None:
+            assert_close(both[0][name].grad, both[1][name].grad, torch.float64, scale=100)
+
+
+@pytest.mark.parametrize("size", COMPOSED)
+def test_composed_linear_tells_the_importance(size):
+    arguments = composed_inputs(size, torch.float64)
+    weight = reference_composed_weight(arguments).transpose(1, 2).contiguous()
+    probe = torch.zeros(size[1], dtype=torch.float64, requires_grad=True)
+    y = composed_linear(**arguments, probe=probe)
+    grad = random(*y.shape, seed=9).double()
+    y.backward(grad)
+    dense = torch.einsum("...o,...i->oi", grad, arguments["x"]).view_as(weight)
+    torch.testing.assert_close(probe.grad, (weight * dense).abs().mean((1, 2)))
+    # Composed before: the same.
+    arguments["weight"] = weight
+    torch.testing.assert_close(composed_linear(**arguments, composed=True), y)
+
+
+def test_composed_linear_of_bfloat16_with_float32_modules():
+    # A run's mixed precision: the modules are the masters.
+    arguments = composed_inputs(COMPOSED[3])
+    for name in ("x", "weight", "bias"):
+        arguments[name] = arguments[name].bfloat16()
+    ours = with_gradients(arguments)
+    reference = with_gradients(ours, dtype=torch.float64)
+    y, expected = composed_linear(**ours), reference_composed_linear(reference)
+    assert_close(y, expected, torch.bfloat16, scale=4)
+    grad = random(*y.shape, seed=9)
+    y.backward(grad.bfloat16())
+    expected.backward(grad.bfloat16().double())
+    for name in LEAVES:
+        assert ours[name].grad.dtype == ours[name].dtype
+        largest = reference[name].grad.abs().max().item()
+        difference = (ours[name].grad.double() - reference[name].grad).abs().max().item()
+        assert difference <= 0.02 * largest, name
+
+
+def test_composed_linear_gradcheck():
+    for size in COMPOSED[:5]:
+        arguments = composed_inputs(size, torch.float64)
+        names = [name for name in LEAVES if arguments[name] is not None]
+
+        def function(*leaves, arguments=arguments, names=names):
+            return composed_linear(**{**arguments, **dict(zip(names, leaves, strict=True))})
+
+        leaves = [arguments[name][:3] if name == "x" else arguments[name] for name in names]
+        assert torch.autograd.gradcheck(function, [leaf.requires_grad_() for leaf in leaves])
+
+
+def test_composed_linear_errors():
+    good = composed_inputs(COMPOSED[2])
+    composed_linear(**good)
+    for change, message in [
+        ({"x": random(4, 23)}, r"expected x \(\.\.\., 24\), got \[4, 23\]"),
+        (
+            {"weight": random(24, 24)},
+            r"expected weight \(g, out, in\) and down \(g, in, r\), got \[24, 24\]",
+        ),
+        ({"down": random(3, 23, 2)}, r"expected down of shape \[3, 24, 2\], got \[3, 23, 2\]"),
+        ({"up": random(3, 3, 24)}, r"expected up of shape \[3, 2, 24\], got \[3, 3, 24\]"),
+        ({"scale": [1.0]}, "expected 3 numbers in scale, got 1"),
+        ({"omega_scale": []}, "expected 3 numbers in omega_scale, got 0"),
+        ({"omega": None}, "expected old_down, old_up and omega together, or none"),
+        ({"omega": random(3, 2)}, r"expected old_down of shape \[3, 24, 4\], got \[3, 24, 6\]"),
+        ({"bias": random(3)}, r"expected bias of shape \[72\], got \[3\]"),
+        ({"probe": random(2)}, r"expected probe of shape \[3\], got \[2\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            composed_linear(**{**good, **change})
+    for name, value in [("x", random(4, 24).half()), ("weight", good["weight"].double())]:
+        with pytest.raises(TypeError):
+            composed_linear(**{**good, name: value})
+    with pytest.raises(TypeError, match="expected up of down's type"):
+        composed_linear(**{**good, "up": good["up"].double()})
+
+
 # --- torch's view of the operators --------------------------------------------------------------
 
 
@@ -560,6 +736,28 @@ def operator_samples(device="cpu"):
 
             yield ops.attention.default, (make(2, 6, 12), 2, None, 0)
             yield ops.attention.default, (make(2, 6, 12), 2, make(2), 3)
+            for size in (COMPOSED[1], COMPOSED[3]):
+                leaves = [
+                    value if value is None else value.detach().to(device).requires_grad_(grad)
+                    for value in composed_inputs(size, dtype).values()
+                    if not isinstance(value, list)
+                ]
+                x, weight, bias, down, up, old_down, old_up, omega = leaves
+                scales = [[1.0] * size[1], [0.5] * size[1] if size[-1] else []]
+                old = (old_down, old_up, omega)
+                yield (
+                    ops.composed_linear.default,
+                    (x, weight, bias, down, up, scales[0], *old, scales[1]),
+                )
+                if not grad:
+                    yield (
+                        ops.composed_linear_backward.default,
+                        (
+                            torch.ones(*x.shape[:-1], len(bias), dtype=dtype, device=device),
+                            *(x, weight, down, up, scales[0], *old, scales[1]),
+                            [True, False, True, True, True, size[-1] > 0, True],
+                        ),
+                    )
             yield ops.bias_relu_dropout.default, (make(5, 16), make(16), None, key, P)
             yield ops.bias_relu_dropout.default, (make(2, 7, 16), make(16), mask, None, P)
             yield ops.section_cosine.default, (make(4, 6), make(3, 6), make(2))

@@ -3,11 +3,13 @@
 
 #include "ntkcl/ops/attention.h"
 #include "ntkcl/ops/bias_relu_dropout.h"
+#include "ntkcl/ops/composed_linear.h"
 #include "ntkcl/ops/section_cosine.h"
 
 // What torch.autocast does to the arguments: attention and the adapter's middle compute in the type
 // of qkv and x, so a float32 gate or bias is cast to it (once, as autocast keeps casts of
-// parameters); cosines compute in float32, as torch's own cosine_similarity does.
+// parameters); a composed linear layer computes in autocast's type, as torch's own does, and composes
+// its weight in the modules'; cosines compute in float32, as torch's own cosine_similarity does.
 namespace ntkcl::ops {
 namespace {
 
@@ -29,6 +31,30 @@ at::Tensor bias_relu_dropout_autocast(const at::Tensor& x, const at::Tensor& bia
   return bias_relu_dropout(x, cached_cast(x.scalar_type(), bias, x.device().type()), mask, key, p);
 }
 
+at::Tensor composed_linear_autocast(const at::Tensor& x, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias, const at::Tensor& down,
+                                    const at::Tensor& up, at::ArrayRef<double> scale,
+                                    const std::optional<at::Tensor>& old_down,
+                                    const std::optional<at::Tensor>& old_up,
+                                    const std::optional<at::Tensor>& omega,
+                                    at::ArrayRef<double> omega_scale, bool composed,
+                                    const std::optional<at::Tensor>& probe) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+  const auto device = x.device().type();
+  const auto cast = [&](const at::Tensor& t) {
+    return cached_cast(at::autocast::get_autocast_dtype(device), t, device);
+  };
+  const LowRankModules modules{.down = down,
+                               .up = up,
+                               .scale = scale.vec(),
+                               .old_down = old_down,
+                               .old_up = old_up,
+                               .omega = omega,
+                               .omega_scale = omega_scale.vec()};
+  return composed_linear(cast(x), cast(weight), bias ? std::optional(cast(*bias)) : std::nullopt,
+                         modules, composed, probe);
+}
+
 at::Tensor section_cosine_autocast(const at::Tensor& x, const at::Tensor& prototypes,
                                    const at::Tensor& weights) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
@@ -43,12 +69,14 @@ at::Tensor section_cosine_autocast(const at::Tensor& x, const at::Tensor& protot
 TORCH_LIBRARY_IMPL(ntkcl, AutocastCPU, m) {
   m.impl("attention", &attention_autocast);
   m.impl("bias_relu_dropout", &bias_relu_dropout_autocast);
+  m.impl("composed_linear", &composed_linear_autocast);
   m.impl("section_cosine", &section_cosine_autocast);
 }
 
 TORCH_LIBRARY_IMPL(ntkcl, AutocastCUDA, m) {
   m.impl("attention", &attention_autocast);
   m.impl("bias_relu_dropout", &bias_relu_dropout_autocast);
+  m.impl("composed_linear", &composed_linear_autocast);
   m.impl("section_cosine", &section_cosine_autocast);
 }
 

@@ -4,6 +4,7 @@
 
 #include "ntkcl/ops/attention.h"
 #include "ntkcl/ops/bias_relu_dropout.h"
+#include "ntkcl/ops/composed_linear.h"
 #include "ntkcl/ops/section_cosine.h"
 
 // The autograd functions of all operators, in one file because custom_function.h costs 10 s.
@@ -55,6 +56,70 @@ struct BiasReluDropoutFunction : Function<BiasReluDropoutFunction> {
   }
 };
 
+struct ComposedLinearFunction : Function<ComposedLinearFunction> {
+  using Optional = std::optional<at::Tensor>;
+
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
+                            const Optional& bias, const at::Tensor& down, const at::Tensor& up,
+                            at::ArrayRef<double> scale, const Optional& old_down,
+                            const Optional& old_up, const Optional& omega,
+                            at::ArrayRef<double> omega_scale, bool composed,
+                            const Optional& probe) {
+    const AutoDispatchBelowADInplaceOrView guard;
+    const LowRankModules m{.down = down,
+                           .up = up,
+                           .scale = scale.vec(),
+                           .old_down = old_down,
+                           .old_up = old_up,
+                           .omega = omega,
+                           .omega_scale = omega_scale.vec()};
+    const at::Tensor used = composed ? weight : composed_weight(weight, m);
+    context->save_for_backward({x, used, down, up, old_down.value_or(at::Tensor()),
+                                old_up.value_or(at::Tensor()), omega.value_or(at::Tensor())});
+    context->saved_data["scale"] = m.scale;
+    context->saved_data["bias"] = bias.has_value();
+    context->saved_data["probe"] = probe.has_value();
+    context->saved_data["omega_scale"] = m.omega_scale;
+    return composed_linear(x, used, bias, m, /*composed=*/true, probe);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    const auto optional = [](const Variable& v) {
+      return v.defined() ? Optional(v) : std::nullopt;
+    };
+    const LowRankModules m{.down = saved[2],
+                           .up = saved[3],
+                           .scale = context->saved_data["scale"].toDoubleVector(),
+                           .old_down = optional(saved[4]),
+                           .old_up = optional(saved[5]),
+                           .omega = optional(saved[6]),
+                           .omega_scale = context->saved_data["omega_scale"].toDoubleVector()};
+    // The engine counts the tensors that were given; the result has a place for every argument.
+    const bool bias = context->saved_data["bias"].toBool(), old = m.omega.has_value();
+    const size_t down = bias ? 3 : 2, after_up = down + 2;
+    std::array<bool, kGradients> wanted{};
+    wanted[kInput] = context->needs_input_grad(0);
+    wanted[kWeight] = context->needs_input_grad(1);
+    wanted[kBias] = bias && context->needs_input_grad(2);
+    wanted[kDown] = context->needs_input_grad(down);
+    wanted[kUp] = context->needs_input_grad(down + 1);
+    wanted[kOmega] = old && context->needs_input_grad(after_up + 2);
+    wanted[kImportance] = context->saved_data["probe"].toBool() &&
+                          context->needs_input_grad(old ? after_up + 3 : after_up);
+    const ComposedGradients found =
+        composed_linear_backward(grads[0], saved[0], saved[1], m, wanted);
+    variable_list result(12);
+    constexpr std::array<size_t, kGradients> kPlaces{0, 1, 2, 3, 4, 8, 11};
+    for (size_t i = 0; i < kPlaces.size(); ++i) {
+      if (wanted[i]) {
+        result[kPlaces[i]] = found[i];
+      }
+    }
+    return result;
+  }
+};
+
 struct SectionCosineFunction : Function<SectionCosineFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x,
                             const at::Tensor& prototypes, const at::Tensor& weights) {
@@ -91,6 +156,18 @@ at::Tensor bias_relu_dropout_autograd(const at::Tensor& x, const at::Tensor& bia
   return BiasReluDropoutFunction::apply(x, bias, mask, key, p);
 }
 
+at::Tensor composed_linear_autograd(const at::Tensor& x, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias, const at::Tensor& down,
+                                    const at::Tensor& up, at::ArrayRef<double> scale,
+                                    const std::optional<at::Tensor>& old_down,
+                                    const std::optional<at::Tensor>& old_up,
+                                    const std::optional<at::Tensor>& omega,
+                                    at::ArrayRef<double> omega_scale, bool composed,
+                                    const std::optional<at::Tensor>& probe) {
+  return ComposedLinearFunction::apply(x, weight, bias, down, up, scale, old_down, old_up, omega,
+                                       omega_scale, composed, probe);
+}
+
 at::Tensor section_cosine_autograd(const at::Tensor& x, const at::Tensor& prototypes,
                                    const at::Tensor& weights) {
   return SectionCosineFunction::apply(x, prototypes, weights);
@@ -101,10 +178,12 @@ at::Tensor section_cosine_autograd(const at::Tensor& x, const at::Tensor& protot
 TORCH_LIBRARY_IMPL(ntkcl, Autograd, m) {
   m.impl("attention", &attention_autograd);
   m.impl("bias_relu_dropout", &bias_relu_dropout_autograd);
+  m.impl("composed_linear", &composed_linear_autograd);
   m.impl("section_cosine", &section_cosine_autograd);
   // Second derivatives are an error when asked for, not silently zero.
   m.impl("attention_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("bias_relu_dropout_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("composed_linear_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("section_cosine_backward", torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -16,7 +16,7 @@
 //   6. ops/autograd.cpp   The autograd function, in one file for all as its header costs 10 s.
 //                         ops/autocast.cpp: what torch.autocast does to the arguments.
 //   7. ops/cuda_stub.cpp  The name, so that builds without CUDA give a clear error. An operator
-//                         that on CUDA is made of torch's own (attention) skips 5 and 7.
+//                         that is made of torch's own (composed_linear; on CUDA, attention) skips 2, 5 and 7.
 //   8. python/ntkcl/ops.py, a sample in tests/python/test_ops.py, a case in benchmarks/ops.py.
 //
 // Types: float32, float64, bfloat16 (computed with as float32). Non-contiguous inputs are copied.
@@ -28,6 +28,14 @@ TORCH_LIBRARY(ntkcl, m) {
       " -> (Tensor, Tensor)");
   m.def("bias_relu_dropout(Tensor x, Tensor bias, Tensor? mask, Tensor? key, float p) -> Tensor");
   m.def("bias_relu_dropout_backward(Tensor grad, Tensor y, float p) -> (Tensor, Tensor)");
+  m.def(
+      "composed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up,"
+      " float[] scale, Tensor? old_down=None, Tensor? old_up=None, Tensor? omega=None,"
+      " float[] omega_scale=[], bool composed=False, Tensor? probe=None) -> Tensor");
+  m.def(
+      "composed_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor down, Tensor up,"
+      " float[] scale, Tensor? old_down, Tensor? old_up, Tensor? omega, float[] omega_scale,"
+      " bool[7] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("philox_keep_mask(Tensor key, SymInt[] size, float p) -> Tensor");
   m.def("section_cosine(Tensor x, Tensor prototypes, Tensor weights) -> Tensor");
   m.def(
