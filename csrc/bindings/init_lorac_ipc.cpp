@@ -93,7 +93,7 @@ void init_lorac_ipc(py::module_& m) {
       .def(py::init<>())
       .def("add_class", &ClusterGaussians::add_class, py::arg("rows"), py::arg("labels"))
       .def_property_readonly("classes", &ClusterGaussians::classes)
-      .def("distances", &ClusterGaussians::distances, py::arg("features"),
+      .def("distances", &ClusterGaussians::distances, py::arg("features"), py::arg("first") = 0,
            "(b, C) -> (b, classes), squared Mahalanobis distance to the nearest cluster.");
 }
 

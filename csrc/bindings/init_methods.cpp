@@ -2,6 +2,8 @@
 #include <ATen/core/grad_mode.h>
 #include <pybind11/stl.h>
 
+#include <numeric>
+
 #include "bindings.h"
 #include "ntkcl/core/error.h"
 #include "ntkcl/methods/ntk_cl/ntk_cl.h"
@@ -52,14 +54,19 @@ class MethodSession : private methods::TaskServices {
   }
 
   void begin_task(int64_t index, int64_t n_old, int64_t n_new, int64_t increment,
-                  int64_t batch_size, const at::Tensor& images, const at::Tensor& labels) {
+                  int64_t batch_size, const at::Tensor& images, const at::Tensor& labels,
+                  int64_t classes, int64_t steps) {
+    std::vector<int64_t> class_ids(static_cast<size_t>(std::max(classes, n_old + n_new)));
+    std::iota(class_ids.begin(), class_ids.end(), 0);
     info_ = {.index = index,
              .count = info_.count,
              .n_old = n_old,
              .n_new = n_new,
              .initial_classes = index == 0 ? n_new : increment,
              .increment = increment,
-             .batch_size = batch_size};
+             .batch_size = batch_size,
+             .class_ids = std::move(class_ids)};
+    steps_ = steps;
     images_ = to_device(images, labels);
     step_ = 0;
     auto groups = method_->before_task(*this);
@@ -77,7 +84,7 @@ class MethodSession : private methods::TaskServices {
       const py::gil_scoped_release release;
       optimizer_->set_learning_rate(learning_rate);
       optimizer_->step([&](int pass) {
-        losses = method_->gradients(batch, {.step = step_, .pass = pass}, *this);
+        losses = method_->gradients(batch, {.step = step_, .pass = pass, .steps = steps_}, *this);
         if (with_gradients) {
           gradients = parameter_gradients();
         }
@@ -111,7 +118,7 @@ class MethodSession : private methods::TaskServices {
   }
   at::Tensor scores(const at::Tensor& images) const {
     const py::gil_scoped_release release;
-    return method_->scores(images.to(vit_.options()));
+    return method_->scores(images.to(vit_.options())).classes;
   }
   methods::Method& method() { return *method_; }
 
@@ -119,6 +126,8 @@ class MethodSession : private methods::TaskServices {
   const methods::TaskInfo& task() const override { return info_; }
   methods::RandomSource& random() override { return *random_; }
   void for_each_image(const std::string&, const methods::BatchFn& fn) override { fn(images_); }
+  void evaluate(const std::string&) override {}
+  void progress(const std::string&, int64_t, int64_t) override {}
 
   static train::TrainOptions train_options(const py::dict& values) {
     train::TrainOptions options;
@@ -149,7 +158,7 @@ class MethodSession : private methods::TaskServices {
   std::unique_ptr<optim::Optimizer> optimizer_;
   methods::TaskInfo info_;
   methods::Batch images_;
-  int64_t step_ = 0;
+  int64_t step_ = 0, steps_ = 0;
 };
 
 }  // namespace
@@ -193,7 +202,10 @@ void init_methods(py::module_& m) {
            py::arg("train") = py::dict(), py::arg("draws") = py::none(), py::arg("as_run") = false)
       .def("begin_task", &MethodSession::begin_task, py::arg("index"), py::arg("n_old"),
            py::arg("n_new"), py::arg("increment"), py::arg("batch_size"), py::arg("images"),
-           py::arg("labels"), "Images (n, 3, S, S) and labels of the task, for its statistics.")
+           py::arg("labels"), py::arg("classes") = 0, py::arg("steps") = 0,
+           "Images (n, 3, S, S) and labels of the task, for its statistics; classes of all tasks "
+           "and "
+           "steps of this one, 0 where not known.")
       .def("step", &MethodSession::step, py::arg("images"), py::arg("labels"),
            py::arg("learning_rate"), py::arg("gradients") = true)
       .def("run_stages", &MethodSession::run_stages)

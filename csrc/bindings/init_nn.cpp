@@ -6,6 +6,7 @@
 #include "bindings.h"
 #include "ntkcl/core/error.h"
 #include "ntkcl/methods/ntk_cl/losses.h"
+#include "ntkcl/nn/composed_lora.h"
 #include "ntkcl/nn/cosine_head.h"
 #include "ntkcl/nn/fusion.h"
 #include "ntkcl/nn/prompts.h"
@@ -73,6 +74,37 @@ py::dict patch_pass(const nn::VisionTransformer& vit, const at::Tensor& images, 
   return pass_result(feature, seen);
 }
 
+// A pass with composed LoRA. Of each matrix type "q", "k", ...: modules down (t + 1, L, in, r) and
+// up (t + 1, L, r, out), of which the last is the current one, and weights omega (t, L) of the
+// others. current, old, probes: (types, L).
+at::Tensor lora_pass(const nn::VisionTransformer& vit, const at::Tensor& images,
+                     const TensorMap& down, const TensorMap& up, const TensorMap& omega,
+                     const at::Tensor& current, const at::Tensor& old,
+                     const std::optional<at::Tensor>& probes) {
+  const at::Tensor& query = down.at("q");
+  const int64_t last = query.size(0) - 1;
+  nn::ComposedLora lora(vit, current.size(0) == 6, query.size(1), query.size(3));
+  for (nn::LoraGroup& group : lora.groups()) {
+    std::vector<at::Tensor> a, b, old_a, old_b, weights;
+    for (int64_t j = 0; j < group.types(); ++j) {
+      const std::string type = nn::kMatrixTypes.at(static_cast<size_t>(group.first_type + j));
+      a.push_back(down.at(type)[last]);
+      b.push_back(up.at(type)[last]);
+      old_a.push_back(down.at(type).narrow(0, 0, last).permute({1, 2, 0, 3}).flatten(2));
+      old_b.push_back(up.at(type).narrow(0, 0, last).permute({1, 0, 2, 3}).flatten(1, 2));
+      weights.push_back(omega.at(type).t());
+    }
+    group.down = at::stack(a, 1);
+    group.up = at::stack(b, 1);
+    group.old_down = at::stack(old_a, 1).detach();
+    group.old_up = at::stack(old_b, 1).detach();
+    group.omega = at::stack(weights, 1);
+  }
+  lora.train(current, old);
+  return vit.class_feature(
+      nn::pass_with_products(vit, images, lora.products(probes.value_or(at::Tensor()))));
+}
+
 at::Tensor fuse(const std::string& kind, const at::Tensor& channel, const at::Tensor& patch,
                 const TensorMap& parameters, int64_t section, int64_t heads,
                 const std::optional<at::Tensor>& head_mask, double dropout) {
@@ -114,6 +146,8 @@ void init_nn(py::module_& m) {
   m.def("channel_pass", &channel_pass, py::arg("vit"), py::arg("images"), py::arg("adapters"),
         py::arg("scale"), py::arg("masks") = std::vector<at::Tensor>{}, py::arg("dropout") = 0.0,
         py::arg("trace") = false);
+  m.def("lora_pass", &lora_pass, py::arg("vit"), py::arg("images"), py::arg("down"), py::arg("up"),
+        py::arg("omega"), py::arg("current"), py::arg("old"), py::arg("probes") = py::none());
   m.def("patch_pass", &patch_pass, py::arg("vit"), py::arg("images"), py::arg("prompts"),
         py::arg("scale"), py::arg("trace") = false);
   m.def("fuse", &fuse, py::arg("kind"), py::arg("channel"), py::arg("patch"), py::arg("parameters"),

@@ -16,8 +16,14 @@ void init_metrics(py::module_& m) {
   py::class_<Evaluation>(m, "Evaluation",
                          "The test after one task on all seen classes; accuracies in percent.")
       .def(py::init<std::vector<int64_t>, int64_t>(), py::arg("task_sizes"), py::arg("task"))
-      .def("add", &Evaluation::add, py::arg("labels"), py::arg("scores"),
-           "A batch: int64 labels (b), scores (b, n_seen).")
+      .def(
+          "add",
+          [](Evaluation& e, const at::Tensor& labels, const at::Tensor& scores,
+             const std::optional<at::Tensor>& task) {
+            e.add(labels, scores, task.value_or(at::Tensor()));
+          },
+          py::arg("labels"), py::arg("scores"), py::arg("task") = py::none(),
+          "A batch: int64 labels (b), scores (b, n_seen or more), tasks inferred (b).")
       .def_property_readonly("task", &Evaluation::task, "Index of the task just learned, from 0.")
       .def_property_readonly("seen_classes", &Evaluation::seen_classes)
       .def_property_readonly("count", &Evaluation::count, "Images added.")
@@ -33,7 +39,9 @@ void init_metrics(py::module_& m) {
       .def_property_readonly("task_id", &Evaluation::task_id,
                              "Predicted class lies in the image's task.")
       .def_property_readonly("within_task", &Evaluation::within_task,
-                             "Best class of the image's own task is the right one.");
+                             "Best class of the image's own task is the right one.")
+      .def_property_readonly("inferred_task", &Evaluation::inferred_task,
+                             "The task inferred is the image's; NaN where none was.");
   py::class_<Summary>(m, "Summary", "Metrics of a run of T tasks, in percent.")
       .def_readonly("accuracy_matrix", &Summary::accuracy_matrix,
                     "(T, T): [i][j] on task j after task i, NaN for j > i.")

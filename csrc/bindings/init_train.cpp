@@ -31,6 +31,7 @@ py::dict evaluation_dict(const stats::Evaluation& e, size_t task) {
   dict["new_classes"] = e.new_classes();
   dict["task_id"] = e.task_id();
   dict["within_task"] = e.within_task();
+  dict["inferred_task"] = e.inferred_task();
   return dict;
 }
 
@@ -124,6 +125,7 @@ py::dict describe_options() {
       variants[py::str(name)] = option_dict(values);
     }
     method["variants"] = variants;
+    method["defaults"] = option_dict(entry.defaults);
     by_name[py::str(entry.name)] = method;
   }
   all["methods"] = by_name;
@@ -148,9 +150,13 @@ void init_train(py::module_& m) {
             load_method_state(t.method(), std::move(state));
           },
           py::arg("state"))
-      .def("scores", &train::Trainer::scores, py::arg("images"),
-           py::call_guard<py::gil_scoped_release>(),
-           "Scores (B, n_seen) of transformed uint8 images (B, 3, S, S).");
+      .def(
+          "scores",
+          [](const train::Trainer& t, const at::Tensor& images) {
+            return t.scores(images).classes;
+          },
+          py::arg("images"), py::call_guard<py::gil_scoped_release>(),
+          "Scores (B, n_seen) of transformed uint8 images (B, 3, S, S).");
 }
 
 }  // namespace ntkcl::bindings

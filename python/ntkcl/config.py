@@ -6,8 +6,8 @@ made in layers, each winning over the one before:
 
     defaults < variant < preset < file < keywords
 
-The defaults follow the data set and the backbone where it has its own (`presets.DATASET_DEFAULTS`,
-the backbone's image size).
+The defaults follow the method, the data set and the backbone where it has its own (the core's
+`defaults`, `presets.DATASET_DEFAULTS`, the backbone's image size).
 """
 
 from __future__ import annotations
@@ -185,6 +185,7 @@ def resolve(
     section = methods[method]["section"]
     layers: list[Mapping[str, Any]] = [
         {"image_size": backbone_info(backbone).image_size},
+        methods[method]["defaults"],
         _flatten(presets.DATASET_DEFAULTS.get(dataset, {})),
         {"normalize": _VARIANT_NORMALIZE.get(variant, "weights")},
         {f"{section}.{key}": value for key, value in variants.get(variant, {}).items()},

@@ -33,6 +33,7 @@ class Evaluation:
     new_classes: float  # accuracy on classes of this task
     task_id: float  # the predicted class is in the right task
     within_task: float  # argmax restricted to the true task
+    inferred_task: float  # the task that the method inferred is right; NaN where it infers none
 
 
 @dataclass(frozen=True, eq=False)

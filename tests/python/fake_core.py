@@ -94,6 +94,7 @@ class FakeTrainer:
             "new_classes": 90.0,
             "task_id": 95.0,
             "within_task": 97.0,
+            "inferred_task": float("nan"),
         }
 
     def _result(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <utility>
+#include <vector>
 
 #include "ntkcl/methods/random.h"
 #include "ntkcl/optim/optimizer.h"
@@ -19,26 +20,48 @@ struct TaskInfo {
   int64_t n_new = 0;
   int64_t initial_classes = 0;  // of task 0, as configured
   int64_t increment = 0;
-  int64_t batch_size = 0;  // as configured; the last batch may be smaller
+  int64_t batch_size = 0;            // as configured; the last batch may be smaller
+  std::vector<int64_t> class_ids{};  // of all tasks: the data set's class of each number
 
   bool first() const { return index == 0; }
   bool last() const { return index + 1 == count; }
   int64_t n_seen() const { return n_old + n_new; }
+  int64_t n_classes() const { return static_cast<int64_t>(class_ids.size()); }
 };
 
 struct Batch {
   at::Tensor images;  // (B, 3, S, S), normalised, in the backbone's dtype and device
   at::Tensor labels;  // (B) int64, class numbers
+  // (B) int64 on the CPU: which images of their set these are; the same in the whole run.
+  at::Tensor numbers{};
 };
 
 struct StepInfo {
-  int64_t step = 0;  // within the task, from 0
-  int64_t pass = 0;  // which gradient of this step the optimiser asks for (SAM asks for two)
+  int64_t step = 0;   // within the task, from 0
+  int64_t pass = 0;   // which gradient of this step the optimiser asks for (SAM asks for two)
+  int64_t steps = 0;  // of the task, 0 where not known
 };
 
 // Scalars that stay on the device; the loop reads them when it does not hurt.
 using Losses = std::vector<std::pair<std::string, at::Tensor>>;
 using BatchFn = std::function<void(const Batch&)>;
+
+// The largest score is the prediction.
+struct Scores {
+  at::Tensor classes;  // (B, n_seen); or (B, n) of all classes, where one not seen may be predicted
+  at::Tensor task{};   // (B) int64: the task inferred, where a method infers it before the class
+};
+using ScoresFn = std::function<void(const at::Tensor& labels, const Scores& scores)>;
+
+// The test images of all classes seen so far, under the test transform.
+class TestImages {
+ public:
+  virtual ~TestImages() = default;
+  virtual const std::vector<int64_t>& numbers() const = 0;
+  // Those of these numbers, in their order.
+  virtual void for_each_batch(const std::vector<int64_t>& numbers, const BatchFn& fn) = 0;
+};
+
 // Called with every tensor that a checkpoint must hold. A tensor of a list is a view: copy into it.
 using StateVisitor = std::function<void(const std::string& name, at::Tensor& tensor)>;
 
@@ -51,6 +74,10 @@ class TaskServices {
   // The task's training images under the test transform, in a fixed order. `activity` names it to
   // the one who watches the progress.
   virtual void for_each_image(const std::string& activity, const BatchFn& fn) = 0;
+  // An evaluation beside that at the task's end, reported under `tag`.
+  virtual void evaluate(const std::string& tag) = 0;
+  // For work without images: tells how far it is, and ends the run where the user wants that.
+  virtual void progress(const std::string& activity, int64_t done, int64_t count) = 0;
 };
 
 class Method {
@@ -67,8 +94,13 @@ class Method {
   // What follows training, in order: merging, statistics, alignment.
   virtual std::vector<std::string> stages(const TaskInfo& task) const = 0;
   virtual void run_stage(const std::string& stage, TaskServices& services) = 0;
-  // Scores of all seen classes (B, n_seen); the largest is the prediction.
-  virtual at::Tensor scores(const at::Tensor& images) const = 0;
+  virtual Scores scores(const at::Tensor& images) const = 0;
+  // The same of a run's test images, each once, in any order and batches: for methods that keep
+  // what does not change from one evaluation to the next.
+  virtual void score(TestImages& images, const ScoresFn& fn) {
+    images.for_each_batch(images.numbers(),
+                          [&](const Batch& batch) { fn(batch.labels, scores(batch.images)); });
+  }
   virtual void visit_state(const StateVisitor& visitor) = 0;
 };
 

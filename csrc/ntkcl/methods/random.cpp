@@ -1,6 +1,7 @@
 #include "ntkcl/methods/random.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <bit>
 #include <cmath>
@@ -69,11 +70,19 @@ at::Tensor RandomSource::normal(const Draw& draw, at::IntArrayRef sizes,
   if (auto given = recorded(draw)) {
     return checked(*given, draw, sizes).to(options, /*non_blocking=*/false, /*copy=*/true);
   }
-  PhiloxStream stream(key(draw));
-  return filled(sizes, options, [&] {  // Box-Muller; 1 - u is never 0
-    const double radius = std::sqrt(-2.0 * std::log(1.0 - stream.uniform()));
-    return radius * std::cos(2.0 * std::numbers::pi * stream.uniform());
+  at::Tensor values = at::empty(sizes, at::kDouble);
+  double* out = values.mutable_data_ptr<double>();
+  const uint64_t of_draw = key(draw);
+  // Number i is made of block i of the stream, whichever thread makes it.
+  at::parallel_for(0, values.numel(), 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Philox4 block = philox(of_draw, static_cast<uint64_t>(i));
+      // Box-Muller; 1 - u is never 0.
+      const double radius = std::sqrt(-2.0 * std::log(1.0 - uniform53(block.v[0], block.v[1])));
+      out[i] = radius * std::cos(2.0 * std::numbers::pi * uniform53(block.v[2], block.v[3]));
+    }
   });
+  return values.to(options);
 }
 
 at::Tensor RandomSource::permutation(const Draw& draw, int64_t n) {

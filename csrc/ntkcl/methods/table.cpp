@@ -1,6 +1,7 @@
 #include "ntkcl/methods/table.h"
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/methods/lorac_ipc/lorac_ipc.h"
 #include "ntkcl/methods/ntk_cl/ntk_cl.h"
 #include "ntkcl/methods/simple_cil/simple_cil.h"
 
@@ -12,6 +13,13 @@ std::unique_ptr<Method> make_ntk_cl(const OptionMap& values, const nn::VisionTra
   ntk_cl::Options options;
   apply(values, options, "ntk_cl");
   return std::make_unique<ntk_cl::NtkCl>(options, vit, tasks, random);
+}
+
+std::unique_ptr<Method> make_lorac_ipc(const OptionMap& values, const nn::VisionTransformer& vit,
+                                       int64_t tasks, RandomSource&) {
+  lorac_ipc::Options options;
+  apply(values, options, "lorac_ipc");
+  return std::make_unique<lorac_ipc::LoracIpc>(options, vit, tasks);
 }
 
 struct NoOptions {
@@ -34,11 +42,25 @@ const std::vector<MethodEntry>& method_table() {
        "ntk_cl",
        "two PEFT sub-networks fused, orthogonality and dissimilarity losses, adaptive EMA",
        describe<ntk_cl::Options>(),
+       {},
        {{"release", ntk_cl::release_values()}, {"corrected", {}}},
        make_ntk_cl},
+      {"lorac-ipc",
+       "lorac_ipc",
+       "a LoRA for each task, composed and orthogonal; important matrices freeze; the task of an "
+       "image is inferred",
+       describe<lorac_ipc::Options>(),
+       {{"optimizer", std::string("adam")},
+        {"learning_rate", 0.005},
+        {"weight_decay", 0.0},
+        {"min_learning_rate", 1e-5},
+        {"hold_epochs", int64_t{1}}},
+       {{"release", lorac_ipc::release_values()}, {"corrected", {}}},
+       make_lorac_ipc},
       {"simple-cil",
        "simple_cil",
        "class means of the frozen backbone, the baseline without training",
+       {},
        {},
        {{"release", {}}, {"corrected", {}}},
        make_simple_cil},

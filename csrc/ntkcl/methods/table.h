@@ -14,6 +14,7 @@ struct MethodEntry {
   std::string section;  // key prefix of its options: "ntk_cl"
   std::string doc;
   std::vector<OptionInfo> options;
+  OptionMap defaults;  // of keys of the task loop, where this method has others
   // What each variant presets; values given explicitly win.
   std::map<std::string, OptionMap> variants;
   // ValueError/TypeError for option values that do not fit.

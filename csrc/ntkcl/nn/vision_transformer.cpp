@@ -37,6 +37,11 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tens
   return at::matmul(at::softmax(at::matmul(query * scale, key.transpose(-2, -1)), -1), value);
 }
 
+at::Tensor through(const BlockProducts* products, BlockProducts::Product BlockProducts::*which,
+                   const FrozenLinear& frozen, const at::Tensor& x) {
+  return products && products->*which ? (products->*which)(x) : frozen(x);
+}
+
 const at::Tensor& need(const TensorMap& weights, const std::string& name) {
   const auto found = weights.find(name);
   NTKCL_CHECK(found != weights.end(), kWhere, "expected the key '", name,
@@ -208,12 +213,14 @@ VisionTransformer VisionTransformer::to(at::ScalarType dtype, at::Device device,
     }
   }
   copy.split_last_projection();
+  copy.packed_ = false;
   return copy;
 }
 
 VisionTransformer VisionTransformer::packed() const {
   constexpr int64_t kImages = 16;  // a usual batch
   VisionTransformer copy = *this;
+  copy.packed_ = true;
   for (Block& block : copy.blocks_) {
     const bool last = &block == &copy.blocks_.back();
     const int64_t tokens_after_attention = last ? 1 : tokens();
@@ -239,8 +246,43 @@ VisionTransformer VisionTransformer::recomputing(bool recompute) const {
   return copy;
 }
 
+VisionTransformer VisionTransformer::with_weights(const std::vector<BlockTensors>& weights) const {
+  NTKCL_ASSERT(weights.size() <= blocks_.size());
+  VisionTransformer copy = *this;
+  const auto put = [&](FrozenLinear& linear, const at::Tensor& weight) {
+    const at::Tensor& used = weight.defined() ? weight : linear.weight;
+    linear = {.weight = used.to(linear.weight.options()).contiguous(), .bias = linear.bias};
+  };
+  for (size_t l = 0; l < weights.size(); ++l) {
+    put(copy.blocks_[l].qkv, weights[l].qkv);
+    put(copy.blocks_[l].proj, weights[l].proj);
+    put(copy.blocks_[l].mlp.fc1, weights[l].fc1);
+    put(copy.blocks_[l].mlp.fc2, weights[l].fc2);
+  }
+  copy.split_last_projection();
+  return packed_ ? copy.packed() : copy;
+}
+
+VisionTransformer VisionTransformer::with_final_norm(const at::Tensor& weight,
+                                                     const at::Tensor& bias) const {
+  VisionTransformer copy = *this;
+  copy.norm_weight_ = weight;
+  copy.norm_bias_ = bias;
+  return copy;
+}
+
 at::ScalarType VisionTransformer::product_type() const {
   return blocks_.front().qkv.weight.scalar_type();
+}
+
+BlockTensors VisionTransformer::weights(int64_t block) const {
+  const Block& b = blocks_[static_cast<size_t>(block)];
+  return {b.qkv.weight, b.proj.weight, b.mlp.fc1.weight, b.mlp.fc2.weight};
+}
+
+BlockTensors VisionTransformer::biases(int64_t block) const {
+  const Block& b = blocks_[static_cast<size_t>(block)];
+  return {b.qkv.bias, b.proj.bias, b.mlp.fc1.bias, b.mlp.fc2.bias};
 }
 
 at::Tensor VisionTransformer::embed(const at::Tensor& images) const {
@@ -263,13 +305,14 @@ at::Tensor VisionTransformer::attention(int64_t block, const at::Tensor& x,
   const at::Tensor mixed = x.is_cpu() && !options.class_token_only ? mix_packed(w, y, options)
                                                                    : mix_heads(w, y, options);
   const at::Tensor residual = options.class_token_only ? x.narrow(1, 0, 1) : x;
-  return residual + w.proj(mixed);
+  return residual + through(options.products, &BlockProducts::proj, w.proj, mixed);
 }
 
 at::Tensor VisionTransformer::mix_packed(const Block& w, const at::Tensor& y,
                                          const AttentionOptions& options) const {
   const auto gate = gate_of(options);
-  return ops::attention(w.qkv(y), heads_, gate, gate ? options.prompts : 0);
+  const at::Tensor qkv = through(options.products, &BlockProducts::qkv, w.qkv, y);
+  return ops::attention(qkv, heads_, gate, gate ? options.prompts : 0);
 }
 
 at::Tensor VisionTransformer::mix_heads(const Block& w, const at::Tensor& y,
@@ -277,12 +320,12 @@ at::Tensor VisionTransformer::mix_heads(const Block& w, const at::Tensor& y,
   const int64_t c = width_;
   at::Tensor query, key, value;
   if (options.class_token_only) {
-    const at::Tensor kv = w.key_value(y);
-    query = w.query(y.narrow(1, 0, 1));
+    const at::Tensor kv = through(options.products, &BlockProducts::key_value, w.key_value, y);
+    query = through(options.products, &BlockProducts::query, w.query, y.narrow(1, 0, 1));
     key = kv.narrow(2, 0, c);
     value = kv.narrow(2, c, c);
   } else {
-    const at::Tensor qkv = w.qkv(y);
+    const at::Tensor qkv = through(options.products, &BlockProducts::qkv, w.qkv, y);
     query = qkv.narrow(2, 0, c);
     key = qkv.narrow(2, c, c);
     value = qkv.narrow(2, 2 * c, c);
@@ -308,8 +351,15 @@ std::optional<at::Tensor> VisionTransformer::gate_of(const AttentionOptions& opt
   return gated ? std::optional(options.prompt_gate.to(product_type())) : std::nullopt;
 }
 
-at::Tensor VisionTransformer::mlp(int64_t block, const at::Tensor& hidden) const {
-  return blocks_[static_cast<size_t>(block)].mlp(hidden);
+at::Tensor VisionTransformer::mlp(int64_t block, const at::Tensor& hidden,
+                                  const BlockProducts* products) const {
+  const FrozenMlp& w = blocks_[static_cast<size_t>(block)].mlp;
+  if (!products || (!products->fc1 && !products->fc2)) {
+    return w(hidden);
+  }
+  const at::Tensor y = layer_norm(hidden, w.norm_weight, w.norm_bias).to(product_type());
+  const at::Tensor inner = at::gelu(through(products, &BlockProducts::fc1, w.fc1, y));
+  return through(products, &BlockProducts::fc2, w.fc2, inner);
 }
 
 at::Tensor VisionTransformer::class_feature(const at::Tensor& x) const {
@@ -338,6 +388,23 @@ at::Tensor plain_pass(const VisionTransformer& vit, const Prefix& prefix, Trace*
     }
   }
   return vit.class_feature(x);
+}
+
+at::Tensor pass_with_products(const VisionTransformer& vit, const at::Tensor& images,
+                              const std::vector<BlockProducts>& products) {
+  at::Tensor x;
+  {
+    const at::NoGradGuard no_grad;
+    x = vit.embed(images);
+  }
+  for (int64_t l = 0; l < vit.depth(); ++l) {
+    const auto i = static_cast<size_t>(l);
+    const BlockProducts* own = i < products.size() ? &products[i] : nullptr;
+    const at::Tensor h =
+        vit.attention(l, x, {.class_token_only = l + 1 == vit.depth(), .products = own});
+    x = h + vit.mlp(l, h, own);
+  }
+  return x;
 }
 
 }  // namespace ntkcl::nn

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
@@ -14,6 +15,22 @@ namespace ntkcl::nn {
 
 using TensorMap = std::map<std::string, at::Tensor>;
 
+// Products of a block that stand in the place of the frozen ones, (..., in) -> (..., out) with the
+// bias; where one is empty the frozen one stays. The class token alone goes through `query`, beside
+// `key_value` for all tokens.
+struct BlockProducts {
+  using Product = std::function<at::Tensor(const at::Tensor&)>;
+  Product qkv, query, key_value, proj, fc1, fc2;
+};
+
+// The matrices of a block, or their biases, as timm has them.
+struct BlockTensors {
+  at::Tensor qkv;   // (3C, C)
+  at::Tensor proj;  // (C, C)
+  at::Tensor fc1;   // (I, C)
+  at::Tensor fc2;   // (C, I)
+};
+
 // What the attention of one block is asked for.
 struct AttentionOptions {
   // Only the class token's row leaves: keys and values of all tokens, one query. Exact, and all
@@ -24,6 +41,7 @@ struct AttentionOptions {
   // are tokens like all others.
   int64_t prompts = 0;
   at::Tensor prompt_gate{};
+  const BlockProducts* products = nullptr;
 };
 
 // The first block up to where PEFT begins. It depends on the image alone, so all passes share it.
@@ -56,6 +74,11 @@ class VisionTransformer {
   VisionTransformer packed() const;
   // Whose MLPs keep less for the backward pass. See FrozenMlp.
   VisionTransformer recomputing(bool recompute) const;
+  // With other matrices in its first blocks, of any type; an undefined one stays as it is. Packed
+  // where this one is.
+  VisionTransformer with_weights(const std::vector<BlockTensors>& weights) const;
+  // With another final LayerNorm (C), (C).
+  VisionTransformer with_final_norm(const at::Tensor& weight, const at::Tensor& bias) const;
 
   int64_t width() const { return width_; }
   int64_t depth() const { return static_cast<int64_t>(blocks_.size()); }
@@ -65,13 +88,16 @@ class VisionTransformer {
   int64_t tokens() const { return position_.size(1); }
   at::TensorOptions options() const { return position_.options(); }
   at::ScalarType product_type() const;
+  BlockTensors weights(int64_t block) const;
+  BlockTensors biases(int64_t block) const;
 
   // (B, 3, S, S) -> (B, N, C): patches, class token, position embedding.
   at::Tensor embed(const at::Tensor& images) const;
   // x + Attn(LN1(x)): (B, T, C) -> (B, T, C), or (B, 1, C) for the class token alone.
   at::Tensor attention(int64_t block, const at::Tensor& x, const AttentionOptions& options) const;
   // MLP(LN2(h)), without the residual: (B, T, C) -> (B, T, C).
-  at::Tensor mlp(int64_t block, const at::Tensor& hidden) const;
+  at::Tensor mlp(int64_t block, const at::Tensor& hidden,
+                 const BlockProducts* products = nullptr) const;
   // CLS row of the final LayerNorm: (B, T, C) -> (B, C).
   at::Tensor class_feature(const at::Tensor& x) const;
 
@@ -99,6 +125,7 @@ class VisionTransformer {
   int64_t width_ = 0, heads_ = 0, patch_size_ = 0, image_size_ = 0;
   at::Tensor patch_weight_, patch_bias_, class_token_, position_, norm_weight_, norm_bias_;
   std::vector<Block> blocks_;
+  bool packed_ = false;
 };
 
 // What a pass saw, for tests and for looking inside: block outputs and generated prompts.
@@ -110,5 +137,9 @@ struct Trace {
 
 // The backbone with no PEFT: (B, C).
 at::Tensor plain_pass(const VisionTransformer& vit, const Prefix& prefix, Trace* trace = nullptr);
+
+// The class token after the last block, (B, 1, C), through other products in the first blocks.
+at::Tensor pass_with_products(const VisionTransformer& vit, const at::Tensor& images,
+                              const std::vector<BlockProducts>& products);
 
 }  // namespace ntkcl::nn

@@ -293,12 +293,16 @@ at::Tensor compose_weight(const at::Tensor& weight, const WeightFactors& factors
   const auto product_up = [](const at::Tensor& up, const at::Tensor& by_row) {
     return (up * by_row).transpose(1, 2);
   };
-  at::Tensor composed = at::baddbmm(weight, product_up(factors.up, factors.scale.view({-1, 1, 1})),
-                                    factors.down.transpose(1, 2));
+  at::Tensor composed = weight;
+  if (factors.down.defined()) {
+    composed = at::baddbmm(composed, product_up(factors.up, factors.scale.view({-1, 1, 1})),
+                           factors.down.transpose(1, 2));
+  }
   if (factors.omega.defined() && factors.omega.size(1) > 0) {
     const int64_t rank = factors.old_up.size(1) / factors.omega.size(1);
     const at::Tensor by_row = factors.omega.repeat_interleave(rank, 1).unsqueeze(2);
-    composed.baddbmm_(product_up(factors.old_up, by_row), factors.old_down.transpose(1, 2));
+    composed =
+        at::baddbmm(composed, product_up(factors.old_up, by_row), factors.old_down.transpose(1, 2));
   }
   return composed;
 }

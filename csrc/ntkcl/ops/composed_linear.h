@@ -49,10 +49,10 @@ at::Tensor composed_linear(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& probe = std::nullopt);
 
 // The weights W (m, out, in) of any number of matrices in two batched products: weight (m, out,
-// in), modules as above with m for g and scale (m), omega (m, t) as tensors of factors, old modules
-// undefined where there are none. No gradient.
+// in), modules as above with m for g and scale (m), omega (m, t) as tensors of factors; what there is
+// not of current or old modules is undefined. No gradient.
 struct WeightFactors {
-  at::Tensor down, up, scale;
+  at::Tensor down{}, up{}, scale{};
   at::Tensor old_down{}, old_up{}, omega{};
 };
 at::Tensor compose_weight(const at::Tensor& weight, const WeightFactors& factors);

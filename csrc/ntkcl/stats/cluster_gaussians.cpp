@@ -36,13 +36,19 @@ void ClusterGaussians::add_class(const at::Tensor& rows, const at::Tensor& label
 
 ClusterGaussians::Cluster ClusterGaussians::fit(const at::Tensor& rows) {
   const int64_t n = rows.size(0);
-  Cluster cluster;
-  cluster.mean = rows.mean(0);
+  const at::Tensor mean = rows.mean(0);
   at::Tensor factor = rows.new_zeros({0, rows.size(1)});
   if (n > 1) {
-    const at::Tensor centred = (rows - cluster.mean) / std::sqrt(static_cast<double>(n - 1));
+    const at::Tensor centred = (rows - mean) / std::sqrt(static_cast<double>(n - 1));
     factor = std::get<1>(at::linalg_qr(centred, "r"));
   }
+  return derive(mean, factor);
+}
+
+ClusterGaussians::Cluster ClusterGaussians::derive(const at::Tensor& mean,
+                                                   const at::Tensor& factor) {
+  Cluster cluster;
+  cluster.mean = mean;
   const at::Tensor variance = factor.square().sum(0);
   cluster.delta = variance.mean().item<double>() + 2 * kRidge;
   cluster.scale = (variance + cluster.delta).sqrt();
@@ -60,21 +66,63 @@ at::Tensor ClusterGaussians::distance(const Cluster& cluster, const at::Tensor& 
   return (scaled.square().sum(1) - inside.square().sum(0)) / cluster.delta;
 }
 
-at::Tensor ClusterGaussians::distances(const at::Tensor& features) const {
+at::Tensor ClusterGaussians::distances(const at::Tensor& features, int64_t first) const {
   NTKCL_CHECK(!classes_.empty(), kWhere, "expected at least one class, got none");
+  NTKCL_CHECK(0 <= first && first < classes(), kWhere, "expected a first class from 0 to ",
+              classes() - 1, ", got ", first);
   const int64_t width = classes_.front().front().mean.size(0);
   NTKCL_CHECK(features.dim() == 2 && features.size(1) == width, kWhere, "expected features (b, ",
               width, "), got ", features.sizes());
   std::vector<at::Tensor> columns;
-  for (const auto& clusters : classes_) {
+  for (auto clusters = classes_.begin() + first; clusters != classes_.end(); ++clusters) {
     at::Tensor nearest;
-    for (const Cluster& cluster : clusters) {
+    for (const Cluster& cluster : *clusters) {
       const at::Tensor d = distance(cluster, features);
       nearest = nearest.defined() ? at::minimum(nearest, d) : d;
     }
     columns.push_back(nearest);
   }
   return at::stack(columns, 1);
+}
+
+void ClusterGaussians::visit_state(const std::string& prefix, const at::TensorOptions& options,
+                                   const StateFn& visitor) {
+  std::vector<at::Tensor> means_of, factors_of;
+  std::vector<int64_t> rows, clusters_of;
+  for (const auto& clusters : classes_) {
+    clusters_of.push_back(static_cast<int64_t>(clusters.size()));
+    for (const Cluster& cluster : clusters) {
+      means_of.push_back(cluster.mean);
+      factors_of.push_back(cluster.factor);
+      rows.push_back(cluster.factor.size(0));
+    }
+  }
+  at::Tensor means = means_of.empty() ? at::zeros({0, 0}, options) : at::stack(means_of);
+  at::Tensor factors = factors_of.empty() ? at::zeros({0, 0}, options) : at::cat(factors_of);
+  at::Tensor factor_rows = at::tensor(rows, at::kLong);
+  at::Tensor clusters = at::tensor(clusters_of, at::kLong);
+  visitor(prefix + "means", means);
+  visitor(prefix + "factors", factors);
+  visitor(prefix + "factor_rows", factor_rows);
+  visitor(prefix + "clusters", clusters);
+  NTKCL_CHECK(factor_rows.dim() == 1 && clusters.dim() == 1 &&
+                  factor_rows.ge(0).all().item<bool>() && clusters.ge(1).all().item<bool>() &&
+                  means.dim() == 2 && factors.dim() == 2 && means.size(1) == factors.size(1) &&
+                  means.size(0) == factor_rows.size(0) &&
+                  clusters.sum().item<int64_t>() == factor_rows.size(0) &&
+                  factor_rows.sum().item<int64_t>() == factors.size(0),
+              "state", "the tensors ", prefix, "* do not fit each other");
+  classes_.clear();
+  int64_t cluster = 0, row = 0;
+  for (int64_t c = 0; c < clusters.size(0); ++c) {
+    std::vector<Cluster> of_class;
+    for (int64_t end = cluster + clusters[c].item<int64_t>(); cluster < end; ++cluster) {
+      const auto count = factor_rows[cluster].item<int64_t>();
+      of_class.push_back(derive(means[cluster], factors.narrow(0, row, count)));
+      row += count;
+    }
+    classes_.push_back(std::move(of_class));
+  }
 }
 
 }  // namespace ntkcl::stats

@@ -2,6 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
+#include <string>
 #include <vector>
 
 namespace ntkcl::stats {
@@ -25,8 +27,15 @@ class ClusterGaussians {
   void add_class(const at::Tensor& rows, const at::Tensor& labels);
 
   int64_t classes() const { return static_cast<int64_t>(classes_.size()); }
-  // features (b, C) -> squared distances to the classes (b, classes), in the order of adding.
-  at::Tensor distances(const at::Tensor& features) const;
+  // features (b, C) -> squared distances to the classes (b, classes - first), in the order of
+  // adding, without the first ones.
+  at::Tensor distances(const at::Tensor& features, int64_t first = 0) const;
+
+  // Tells all clusters as tensors, which may be replaced: "means" (m, C), "factors" (rows, C) of all
+  // clusters one below the other, "factor_rows" (m) and "clusters" (classes) that count them.
+  using StateFn = std::function<void(const std::string& name, at::Tensor& tensor)>;
+  void visit_state(const std::string& prefix, const at::TensorOptions& options,
+                   const StateFn& visitor);
 
  private:
   struct Cluster {
@@ -37,6 +46,7 @@ class ClusterGaussians {
     double delta = 0;
   };
   static Cluster fit(const at::Tensor& rows);
+  static Cluster derive(const at::Tensor& mean, const at::Tensor& factor);
   static at::Tensor distance(const Cluster& cluster, const at::Tensor& features);
 
   std::vector<std::vector<Cluster>> classes_;

@@ -15,7 +15,7 @@ namespace {
 constexpr const char* kWhere = "evaluation";
 constexpr double kUndefined = std::numeric_limits<double>::quiet_NaN();
 
-enum Column { kPrediction, kWithinTask, kRank, kFinite, kColumns };
+enum Column { kPrediction, kWithinTask, kRank, kFinite, kTask, kColumns };
 
 double percentage(const at::Tensor& hits) {
   const int64_t images = hits.numel();
@@ -86,10 +86,14 @@ Evaluation::Evaluation(std::vector<int64_t> task_sizes, int64_t task) : task_(ta
   task_of_class_ = at::repeat_interleave(at::tensor(task_sizes));
 }
 
-void Evaluation::add(const at::Tensor& labels, const at::Tensor& scores) {
-  NTKCL_CHECK(scores.dim() == 2 && scores.size(1) == seen_classes() && scores.is_floating_point(),
-              kWhere, "expected floating point scores (b, ", seen_classes(), "), got ",
+void Evaluation::add(const at::Tensor& labels, const at::Tensor& scores, const at::Tensor& task) {
+  NTKCL_CHECK(scores.dim() == 2 && scores.size(1) >= seen_classes() && scores.is_floating_point(),
+              kWhere, "expected floating point scores (b, ", seen_classes(), " or more), got ",
               scores.toString(), scores.sizes());
+  NTKCL_CHECK(
+      !task.defined() ||
+          (task.dim() == 1 && task.size(0) == scores.size(0) && task.scalar_type() == at::kLong),
+      kWhere, "expected int64 tasks (", scores.size(0), "), got ", task.toString(), task.sizes());
   NTKCL_CHECK(
       labels.dim() == 1 && labels.size(0) == scores.size(0) && labels.scalar_type() == at::kLong,
       kWhere, "expected int64 labels (", scores.size(0), "), got ", labels.toString(),
@@ -106,11 +110,18 @@ void Evaluation::add(const at::Tensor& labels, const at::Tensor& scores) {
 
   const at::Tensor targets = labels.to(scores.device());
   task_of_class_ = task_of_class_.to(scores.device());
-  const at::Tensor elsewhere =
-      task_of_class_.unsqueeze(0).ne(task_of_class_.index_select(0, targets).unsqueeze(1));
+  const int64_t more = scores.size(1) - task_of_class_.size(0);
+  if (more > 0) {
+    task_of_class_ = at::cat({task_of_class_, task_of_class_.new_full({more}, -1)});
+  }
+  const at::Tensor inferred =
+      task.defined() ? task.to(scores.device()) : at::full_like(targets, -1);
+  const at::Tensor elsewhere = task_of_class_.narrow(0, 0, scores.size(1))
+                                   .unsqueeze(0)
+                                   .ne(task_of_class_.index_select(0, targets).unsqueeze(1));
   const at::Tensor within = scores.masked_fill(elsewhere, -std::numeric_limits<double>::infinity());
   records_.push_back(at::stack({scores.argmax(1), within.argmax(1), rank_of_label(targets, scores),
-                                scores.isfinite().all(1).to(at::kLong)},
+                                scores.isfinite().all(1).to(at::kLong), inferred},
                                1));
   labels_.push_back(host_labels);
   count_ += labels.size(0);
@@ -177,6 +188,14 @@ double Evaluation::task_id() const {
 
 double Evaluation::within_task() const {
   return percentage(records().select(1, kWithinTask).eq(labels()));
+}
+
+double Evaluation::inferred_task() const {
+  const at::Tensor inferred = records().select(1, kTask);
+  if (count_ == 0 || inferred.lt(0).any().item<bool>()) {
+    return kUndefined;
+  }
+  return percentage(inferred.eq(task_of_class_.cpu().index_select(0, labels())));
 }
 
 Summary summarize(const std::vector<Evaluation>& evaluations) {

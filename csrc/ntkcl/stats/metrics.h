@@ -18,9 +18,11 @@ class Evaluation {
   Evaluation(std::vector<int64_t> task_sizes, int64_t task);
 
   // A batch: labels (b), int64 in 0 .. n_seen - 1; scores (b, n_seen), any floating type, higher is
-  // better. The device of the scores computes; the host does not wait for it. Equal scores rank by
-  // class, lowest first. ValueError for shapes or labels that do not fit.
-  void add(const at::Tensor& labels, const at::Tensor& scores);
+  // better; or of more classes, of which one not seen is a wrong prediction. The task that was
+  // inferred (b), int64, where there is one. The device of the scores computes; the host does not
+  // wait for it. Equal scores rank by class, lowest first. ValueError for shapes or labels that do
+  // not fit.
+  void add(const at::Tensor& labels, const at::Tensor& scores, const at::Tensor& task = {});
 
   int64_t task() const { return task_; }
   // First class of each task 0 .. task, then the number of classes seen.
@@ -39,16 +41,17 @@ class Evaluation {
   double new_classes() const;            // top-1 on the images of this task
   double task_id() const;                // predicted class lies in the image's task
   double within_task() const;            // best class of the image's own task is the right one
+  double inferred_task() const;          // task inferred is the image's; NaN where none was
 
  private:
   // What is kept of each image: columns prediction, best class within the task, rank of the label,
-  // whether all its scores were finite. (count, 4), int64, host.
+  // whether all its scores were finite, task inferred (-1: none). (count, 5), int64, host.
   const at::Tensor& records() const;
 
   std::vector<int64_t> first_class_;
   int64_t task_;
   int64_t count_ = 0;
-  at::Tensor task_of_class_;  // (n_seen), on the device of the scores
+  at::Tensor task_of_class_;  // (columns of the scores), on their device; -1: not seen
   std::vector<at::Tensor> labels_;
   // One tensor per batch until a query joins them.
   mutable std::vector<at::Tensor> records_;

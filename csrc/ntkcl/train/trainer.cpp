@@ -156,7 +156,8 @@ RunResult Trainer::run(const EventFn& listen, const std::function<bool()>& shoul
              .n_new = task_sizes_[static_cast<size_t>(t)],
              .initial_classes = options_.initial_classes,
              .increment = options_.increment,
-             .batch_size = options_.batch_size};
+             .batch_size = options_.batch_size,
+             .class_ids = data_.class_order};
     run_task();
   }
   result_.summary = stats::summarize(result_.evaluations);
@@ -186,7 +187,8 @@ void Trainer::run_task() {
                  error.what());
     }
   }
-  evaluate();
+  result_.evaluations.push_back(evaluation("evaluation"));
+  report("evaluation", result_.evaluations.back(), {});
   emit("task_end", {{"task", info_.index}, {"seconds", watch.seconds()}});
 }
 
@@ -250,8 +252,9 @@ void Trainer::train_epoch(optim::Optimizer& optimizer, int64_t epoch, int64_t ep
     std::map<std::string, double> losses;
     optimizer.step([&](int pass) {
       // Checked before the optimiser moves anything.
-      auto of_pass = finite(method_->gradients(batch, {.step = step_, .pass = pass}, *this), epoch,
-                            learning_rate);
+      const methods::StepInfo step{
+          .step = step_, .pass = pass, .steps = steps * epochs_of(info_.index)};
+      auto of_pass = finite(method_->gradients(batch, step, *this), epoch, learning_rate);
       if (pass == 0) {
         losses = std::move(of_pass);
       }
@@ -326,32 +329,70 @@ void Trainer::for_each_test_view(data::Loader& loader, const data::ImageStore& s
   while (loader.next(loaded)) {
     fn(to_device(loaded, store));
     done += loaded.indices.size(0);
-    emit("stage",
-         {{"task", info_.index}, {"name", activity}, {"images_done", done}, {"images", count}});
-    check_stop();
+    progress(activity, done, count);
   }
 }
 
-void Trainer::evaluate() {
+// ---- Evaluation ----
+
+class Trainer::SeenTestImages : public methods::TestImages {
+ public:
+  SeenTestImages(Trainer& trainer, std::string activity)
+      : trainer_(trainer),
+        activity_(std::move(activity)),
+        numbers_(trainer.images_of(trainer.test_images_, 0, trainer.info_.n_seen())) {}
+
+  const std::vector<int64_t>& numbers() const override { return numbers_; }
+  void for_each_batch(const std::vector<int64_t>& numbers, const methods::BatchFn& fn) override {
+    trainer_.for_each_test_view(*trainer_.test_loader_, *trainer_.test_store_, numbers, activity_,
+                                fn);
+  }
+
+ private:
+  Trainer& trainer_;
+  std::string activity_;
+  std::vector<int64_t> numbers_;
+};
+
+stats::Evaluation Trainer::evaluation(const std::string& activity) {
+  const at::NoGradGuard no_grad;
   stats::Evaluation evaluation(task_sizes_, info_.index);
-  for_each_test_view(*test_loader_, *test_store_, images_of(test_images_, 0, info_.n_seen()),
-                     "evaluation", [&](const methods::Batch& batch) {
-                       evaluation.add(batch.labels.cpu(), method_->scores(batch.images).cpu());
-                     });
-  result_.evaluations.push_back(std::move(evaluation));
-  const stats::Evaluation& e = result_.evaluations.back();
-  emit("evaluation", {{"task", info_.index},
-                      {"count", e.count()},
-                      {"top1", e.top1()},
-                      {"top5", e.top5()},
-                      {"per_task", e.per_task()},
-                      {"old_classes", e.old_classes()},
-                      {"new_classes", e.new_classes()},
-                      {"task_id", e.task_id()},
-                      {"within_task", e.within_task()}});
+  SeenTestImages images(*this, activity);
+  method_->score(images, [&](const at::Tensor& labels, const methods::Scores& scores) {
+    const at::Tensor task = scores.task.defined() ? scores.task.cpu() : at::Tensor();
+    evaluation.add(labels.cpu(), scores.classes.cpu(), task);
+  });
+  return evaluation;
 }
 
-at::Tensor Trainer::scores(const at::Tensor& images) const {
+void Trainer::report(const std::string& event, const stats::Evaluation& e,
+                     std::vector<std::pair<std::string, EventValue>> fields) const {
+  const std::vector<std::pair<std::string, EventValue>> figures{
+      {"task", info_.index},
+      {"count", e.count()},
+      {"top1", e.top1()},
+      {"top5", e.top5()},
+      {"per_task", e.per_task()},
+      {"old_classes", e.old_classes()},
+      {"new_classes", e.new_classes()},
+      {"task_id", e.task_id()},
+      {"within_task", e.within_task()},
+      {"inferred_task", e.inferred_task()}};
+  fields.insert(fields.end(), figures.begin(), figures.end());
+  emit(event, std::move(fields));
+}
+
+void Trainer::evaluate(const std::string& tag) {
+  report("extra_evaluation", evaluation(tag), {{"tag", tag}});
+}
+
+void Trainer::progress(const std::string& activity, int64_t done, int64_t count) {
+  emit("stage",
+       {{"task", info_.index}, {"name", activity}, {"images_done", done}, {"images", count}});
+  check_stop();
+}
+
+methods::Scores Trainer::scores(const at::Tensor& images) const {
   NTKCL_CHECK(images.scalar_type() == at::kByte, "scores", "expected uint8 images, got ",
               images.scalar_type());
   return method_->scores(normalised(images));
@@ -366,7 +407,7 @@ methods::Batch Trainer::to_device(const data::LoadedBatch& loaded,
     const auto image = static_cast<size_t>(loaded.indices.const_data_ptr<int64_t>()[i]);
     out[i] = class_number_[static_cast<size_t>(store.labels()[image])];
   }
-  return {normalised(loaded.images), labels.to(device_)};
+  return {normalised(loaded.images), labels.to(device_), loaded.indices};
 }
 
 at::Tensor Trainer::normalised(const at::Tensor& images) const {

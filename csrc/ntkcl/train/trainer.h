@@ -47,12 +47,16 @@ class Trainer : private methods::TaskServices {
 
   methods::Method& method() { return *method_; }
   // Scores (B, n_seen) of uint8 images (B, 3, S, S) that are already transformed.
-  at::Tensor scores(const at::Tensor& images) const;
+  methods::Scores scores(const at::Tensor& images) const;
 
  private:
+  class SeenTestImages;
+
   const methods::TaskInfo& task() const override { return info_; }
   methods::RandomSource& random() override { return *random_; }
   void for_each_image(const std::string& activity, const methods::BatchFn& fn) override;
+  void evaluate(const std::string& tag) override;
+  void progress(const std::string& activity, int64_t done, int64_t count) override;
 
   void check_data() const;
   void hold_out();
@@ -65,7 +69,9 @@ class Trainer : private methods::TaskServices {
                                        double learning_rate) const;
   void report_step(const std::map<std::string, double>& losses, int64_t epoch, int64_t steps,
                    int64_t images, double learning_rate);
-  void evaluate();
+  stats::Evaluation evaluation(const std::string& activity);
+  void report(const std::string& event, const stats::Evaluation& evaluation,
+              std::vector<std::pair<std::string, EventValue>> fields) const;
   void emit(std::string name, std::vector<std::pair<std::string, EventValue>> fields) const;
   void check_stop() const;
 

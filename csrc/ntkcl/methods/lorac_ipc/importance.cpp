@@ -68,6 +68,13 @@ at::Tensor ImportanceAverage::score() const {
   return mean_.defined() ? mean_ * uncertainty_ : at::Tensor();
 }
 
+void ImportanceAverage::visit_state(const std::string& prefix, const StateFn& visitor) {
+  if (mean_.defined()) {
+    visitor(prefix + "mean", mean_);
+    visitor(prefix + "uncertainty", uncertainty_);
+  }
+}
+
 at::Tensor mean_importance(const at::Tensor& weight, const at::Tensor& gradient) {
   const at::NoGradGuard no_grad;
   return (weight * gradient).abs().mean({-2, -1});

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <string>
 
 // Important-parameter constraints: which weight matrices a task has made important, and which of
@@ -22,6 +23,8 @@ class ImportanceAverage {
   void add(const at::Tensor& importance);
   // (types, blocks); undefined before the first step.
   at::Tensor score() const;
+  using StateFn = std::function<void(const std::string& name, at::Tensor& tensor)>;
+  void visit_state(const std::string& prefix, const StateFn& visitor);
   const at::Tensor& mean() const { return mean_; }
   const at::Tensor& uncertainty() const { return uncertainty_; }
 

@@ -185,8 +185,8 @@ const at::Tensor& NtkCl::scored(const Features& features) const {
   return fuses() ? features.fused : uses_channel() ? features.channel : features.patch;
 }
 
-at::Tensor NtkCl::scores(const at::Tensor& images) const {
-  return ops::section_cosine(scored(features(images)), prototypes_, multipliers_);
+Scores NtkCl::scores(const at::Tensor& images) const {
+  return {ops::section_cosine(scored(features(images)), prototypes_, multipliers_)};
 }
 
 at::Tensor NtkCl::all_features(const std::string& activity, TaskServices& services) const {

@@ -40,7 +40,7 @@ class NtkCl : public Method {
   Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) override;
   std::vector<std::string> stages(const TaskInfo& task) const override;
   void run_stage(const std::string& stage, TaskServices& services) override;
-  at::Tensor scores(const at::Tensor& images) const override;
+  Scores scores(const at::Tensor& images) const override;
   void visit_state(const StateVisitor& visitor) override;
 
   // Without dropout and without a graph.

@@ -34,8 +34,8 @@ void SimpleCil::run_stage(const std::string& stage, TaskServices& services) {
       at::cat({prototypes_.narrow(0, 0, task.n_old), means.result(prototypes_.scalar_type())});
 }
 
-at::Tensor SimpleCil::scores(const at::Tensor& images) const {
-  return at::linear(nn::unit_rows(features(images)), nn::unit_rows(prototypes_));
+Scores SimpleCil::scores(const at::Tensor& images) const {
+  return {at::linear(nn::unit_rows(features(images)), nn::unit_rows(prototypes_))};
 }
 
 void SimpleCil::visit_state(const StateVisitor& visitor) {

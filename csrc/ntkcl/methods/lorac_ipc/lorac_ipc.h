@@ -1,0 +1,90 @@
+#pragma once
+
+#include <optional>
+
+#include "ntkcl/methods/head_alignment.h"
+#include "ntkcl/methods/lorac_ipc/importance.h"
+#include "ntkcl/methods/lorac_ipc/options.h"
+#include "ntkcl/methods/lorac_ipc/orthogonality.h"
+#include "ntkcl/methods/lorac_ipc/test_features.h"
+#include "ntkcl/methods/method.h"
+#include "ntkcl/nn/composed_lora.h"
+#include "ntkcl/stats/cluster_gaussians.h"
+
+namespace ntkcl::methods::lorac_ipc {
+
+// LoRAC-IPC (Ling et al., arXiv 2504.13407): a module of LoRA for each task in one composed weight,
+// held orthogonal to those before; the matrices that a task has made important freeze; an image is
+// classified by the weights as they were after the task that it seems to belong to.
+class LoracIpc : public Method {
+ public:
+  LoracIpc(Options options, const nn::VisionTransformer& vit, int64_t tasks);
+
+  std::vector<optim::ParameterGroup> before_task(TaskServices& services) override;
+  Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) override;
+  std::vector<std::string> stages(const TaskInfo& task) const override;
+  void run_stage(const std::string& stage, TaskServices& services) override;
+  Scores scores(const at::Tensor& images) const override;
+  void score(TestImages& images, const ScoresFn& fn) override;
+  void visit_state(const StateVisitor& visitor) override;
+
+ private:
+  // What holds while a task is trained.
+  struct Training {
+    TaskInfo task;
+    std::vector<Orthogonality> penalties;         // of each group
+    std::vector<at::Tensor> unfrozen;             // of each group, (L, g): lambda where unfrozen
+    std::optional<ImportanceAverage> importance;  // none without IPC
+    at::Tensor head_weight, head_bias;            // of the task's classes, parts of head_
+    std::vector<at::Tensor> parameters;           // all that is trained
+  };
+
+  bool trains_norm() const { return options_.moco_norm == "new"; }
+  void initialise_head(int64_t classes, RandomSource& random);
+  void begin_module(const TaskInfo& task, RandomSource& random);
+  at::Tensor current_mask() const;  // mu of section 2, (types, L)
+  bool measures(const StepInfo& step) const;
+  // Sum of the penalties of what is not frozen; adds lambda times its gradient to A's.
+  at::Tensor penalise() const;
+
+  void freeze();
+  void gather_statistics(TaskServices& services);
+  void align(TaskServices& services);
+  // Clusters (n) of one class's features, from k-means or recorded.
+  at::Tensor cluster(const at::Tensor& rows, int64_t clusters, const Draw& draw,
+                     RandomSource& random) const;
+
+  // The transformer with its weights as after task `task`. The first and the one asked for last are
+  // kept.
+  const nn::VisionTransformer& snapshot(int64_t task) const;
+  at::Tensor features(int64_t task, const at::Tensor& images) const;
+  at::Tensor logits(const at::Tensor& features) const;
+  int64_t last_task() const { return task_sizes_.size(0) - 1; }
+  int64_t n_seen() const;
+  // Unit rows, of which classes are Gaussians.
+  static at::Tensor directions(const at::Tensor& features);
+  // Tasks of nearest classes.
+  at::Tensor tasks_of(const at::Tensor& classes) const;
+
+  Options options_;
+  const nn::VisionTransformer& vit_;
+  nn::ComposedLora lora_;
+  std::vector<at::Tensor> bank_;  // of each group (L, g, T, T): omega [.., i] after task [.., t]
+  at::Tensor mask_;               // (types, L) float64 on the CPU: 0 where frozen
+  Head head_;                     // of all classes
+  at::Tensor trained_head_weight_, trained_head_bias_;  // before alignment, where that is kept
+  at::Tensor task_sizes_;                               // (finished tasks) int64 on the CPU
+  at::Tensor class_ids_;      // (classes) int64 on the CPU: the data set's class of each
+  FeatureClusters clusters_;  // for alignment: classes seen, each with features of its task
+  stats::ClusterGaussians gaussians_;  // for task inference: classes seen, features of snapshot 0
+  Training training_;
+  TestFeatures seen_;  // test images
+
+  struct Snapshot {
+    int64_t task = -1;
+    std::optional<nn::VisionTransformer> vit;
+  };
+  mutable Snapshot first_, recent_;
+};
+
+}  // namespace ntkcl::methods::lorac_ipc

@@ -1,0 +1,95 @@
+#pragma once
+
+#include "ntkcl/core/options.h"
+
+namespace ntkcl::methods::lorac_ipc {
+
+// Defaults are the variant `corrected`; release_values() holds what `release` sets. Symbols and
+// sections: Ling et al., arXiv 2504.13407, and the specification of LoRAC-IPC.
+struct Options {
+  std::string placement = "all";
+  int64_t rank = 16;
+  int64_t lora_depth = 0;
+  double lambda = 1.0;
+  double omega_lr_factor = 0.1;
+  double clip_norm = 1.0;
+  double ipc_threshold = 0.05;
+  bool new_mask = false;
+  double importance_decay = 0.85;
+  double uncertainty_decay = 0.85;
+  int64_t importance_window = 0;
+  std::string inference = "per_image";
+  int64_t inference_clusters = 4;
+  bool alignment = true;
+  int64_t alignment_clusters = 10;
+  int64_t alignment_epochs = 50;
+  double alignment_learning_rate = 0.005;
+  int64_t alignment_draws = 320;
+  bool train_aligned_head = true;
+  std::string k_mask = "own";
+  std::string selection = "exact";
+  bool mask_unseen = true;
+  std::string class_lookup = "class";
+  std::string small_clusters = "shrink";
+  std::string moco_norm = "pretrained";
+
+  template <class Visitor>
+  void visit(Visitor& v) {
+    v("placement", placement, one_of({"qkvo", "all"}),
+      "matrices with LoRA: those of attention, or of attention and MLP");
+    v("rank", rank, at_least(1), "r, rank of a task's module");
+    v("lora_depth", lora_depth, at_least(0), "blocks with LoRA, from the first; 0: all");
+    v("lambda", lambda, at_least(0), "weight of the orthogonality penalty");
+    v("omega_lr_factor", omega_lr_factor, at_least(0),
+      "factor on the learning rate of the old modules' weights omega");
+    v("clip_norm", clip_norm, above(0), "largest norm of a step's gradient");
+    v("ipc_threshold", ipc_threshold, at_least(0).at_most(1),
+      "share of the matrices that freezes after each task; 0: LoRAC without IPC");
+    v("new_mask", new_mask, anything(), "count the share among matrices not yet frozen");
+    v("importance_decay", importance_decay, at_least(0).below(1),
+      "decay of the running mean of importances");
+    v("uncertainty_decay", uncertainty_decay, at_least(0).below(1),
+      "decay of the running mean of their deviations");
+    v("importance_window", importance_window, at_least(0),
+      "last steps of a task that importances are taken from (each decays, so earlier ones hardly "
+      "count); 0: 128, all in float64");
+    v("inference", inference, one_of({"per_image", "none", "vote_by_test_task"}),
+      "the snapshot that classifies an image: that of the task inferred from the image; the last; "
+      "or by a vote of all test images of the same true task, which uses the labels of the test "
+      "images and is no honest result");
+    v("inference_clusters", inference_clusters, at_least(1),
+      "Gaussians of each class for task inference");
+    v("alignment", alignment, anything(), "align the head after every task but the first");
+    v("alignment_clusters", alignment_clusters, at_least(1),
+      "Gaussians of each class for head alignment");
+    v("alignment_epochs", alignment_epochs, at_least(1), "epochs of head alignment");
+    v("alignment_learning_rate", alignment_learning_rate, at_least(0),
+      "learning rate of head alignment, cosine to 0");
+    v("alignment_draws", alignment_draws, at_least(1),
+      "features drawn from each Gaussian in an epoch, and of a step");
+    v("train_aligned_head", train_aligned_head, anything(),
+      "the next task goes on from the aligned head; else from the head as it was trained");
+    v("k_mask", k_mask, one_of({"query", "own"}), "repair 12.1: the mask of k's current module");
+    v("selection", selection, one_of({"release", "exact"}),
+      "repair 12.2: freeze exactly so many matrices");
+    v("mask_unseen", mask_unseen, anything(), "repair 12.3: only classes seen are predicted");
+    v("class_lookup", class_lookup, one_of({"position", "class"}),
+      "repair 12.4: the nearest class itself, not its place among the classes seen, has a task");
+    v("small_clusters", small_clusters, one_of({"error", "shrink"}),
+      "repair 12.5: fewer clusters where a class has few images");
+    v("moco_norm", moco_norm, one_of({"new", "pretrained"}),
+      "repair 12.6: keep the pretrained final LayerNorm (the release trains a new one for MoCo)");
+  }
+};
+
+// The released arithmetic, item by item of section 12. (Item 6 concerns MoCo's weights alone: its
+// presets set it.)
+inline OptionMap release_values() {
+  return {{"k_mask", std::string("query")},
+          {"selection", std::string("release")},
+          {"mask_unseen", false},
+          {"class_lookup", std::string("position")},
+          {"small_clusters", std::string("error")}};
+}
+
+}  // namespace ntkcl::methods::lorac_ipc
