@@ -3,6 +3,7 @@
 
 #include <thread>
 
+#include "ntkcl/nn/frozen_linear.h"
 #include "ntkcl/train/activation_memory.h"
 #include "testing.h"
 
@@ -59,6 +60,27 @@ TEST_CASE("memory in use twice ends with the last user", "[memory]") {
   first.reset();
   CHECK(c10::GetCPUAllocator() == kept);
   CHECK(kept != before);
+}
+
+TEST_CASE("raw memory of before is freed within, as oneDNN does", "[memory]") {
+  void* const before = c10::GetCPUAllocator()->raw_allocate(kLarge);
+  const ActivationMemory memory;
+  c10::GetCPUAllocator()->raw_deallocate(before);
+  c10::GetCPUAllocator()->raw_deallocate(c10::GetCPUAllocator()->raw_allocate(kLarge));
+  CHECK(at::ones({kLarge}).sum().item<float>() == kLarge);
+}
+
+TEST_CASE("packed weights made within are freed after, and the other way round", "[memory]") {
+  const nn::FrozenLinear linear{.weight = at::rand({256, 256}), .bias = at::rand({256})};
+  const at::Tensor x = at::rand({4, 256});
+  nn::FrozenLinear outside = linear.pack(4), inside;
+  {
+    const ActivationMemory memory;
+    inside = linear.pack(4);
+    CHECK(outside(x).allclose(inside(x)));
+    outside = {};
+  }
+  CHECK(inside(x).allclose(linear(x), 1e-4, 1e-4));
 }
 
 TEST_CASE("threads allocate at once and leave their tensors to another", "[memory]") {

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/CPUAllocator.h>
 
 #include "ntkcl/nn/held.h"
 
@@ -22,10 +23,25 @@ bool has_bfloat16() {
   return has;
 }
 
+// oneDNN frees a packed weight through whatever allocator torch has then, so it must come from
+// torch's own, whatever is installed now.
+class TorchsOwnAllocator {
+ public:
+  TorchsOwnAllocator() { c10::SetCPUAllocator(c10::GetDefaultCPUAllocator()); }
+  ~TorchsOwnAllocator() { c10::SetCPUAllocator(installed_); }
+  TorchsOwnAllocator(const TorchsOwnAllocator&) = delete;
+  TorchsOwnAllocator& operator=(const TorchsOwnAllocator&) = delete;
+
+ private:
+  c10::Allocator* installed_ = c10::GetCPUAllocator();
+};
+
 at::Tensor reorder(const at::Tensor& weight, int64_t rows) {
   static const auto op = mkldnn<at::Tensor(const at::Tensor&, std::optional<int64_t>)>(
       "mkldnn::_reorder_linear_weight");
-  return op.call(weight.contiguous(), rows);
+  const at::Tensor contiguous = weight.contiguous();
+  const TorchsOwnAllocator own;
+  return op.call(contiguous, rows);
 }
 
 // activation: "none" or "gelu".

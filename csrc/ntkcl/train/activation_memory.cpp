@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <unordered_set>
 #include <vector>
 
 namespace ntkcl::train {
@@ -36,6 +37,10 @@ class Cache : public c10::Allocator {
     TORCH_CHECK(block, "[memory] cannot allocate ", bytes, " bytes");  // as torch's own does
     static_cast<Header*>(block)->size = size;
     void* const data = static_cast<char*>(block) + kHeader;
+    {
+      const std::lock_guard lock(mutex_);
+      in_use_.insert(data);
+    }
     return {data, data, &Cache::free, c10::Device(c10::kCPU)};
   }
 
@@ -112,6 +117,8 @@ class Cache : public c10::Allocator {
 
   std::mutex mutex_;
   std::map<size_t, std::vector<void*>> free_;  // by size
+  // What we gave: oneDNN frees its tensors through the allocator of the day, also older ones.
+  std::unordered_set<void*> in_use_;
   c10::Allocator* torchs_ = nullptr;
   int users_ = 0;
 };
@@ -126,15 +133,17 @@ void Cache::free(void* data) {
   if (!data) {
     return;
   }
+  Cache& all = cache();
+  const std::lock_guard lock(all.mutex_);
+  if (all.in_use_.erase(data) == 0) {
+    c10::GetDefaultCPUAllocator()->raw_deallocate(data);
+    return;
+  }
   void* const block = static_cast<char*>(data) - kHeader;
   const size_t size = static_cast<Header*>(block)->size;
   if (size == 0) {
     std::free(block);
-    return;
-  }
-  Cache& all = cache();
-  const std::lock_guard lock(all.mutex_);
-  if (all.users_ > 0) {
+  } else if (all.users_ > 0) {
     all.free_[size].push_back(block);
   } else {
     munmap(block, size);
