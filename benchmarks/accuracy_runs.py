@@ -82,11 +82,34 @@ def _section(options: Mapping[str, Any]) -> dict[str, Any]:
     return _CIFAR100 | {f"ntk_cl.{key}": value for key, value in options.items()}
 
 
-MAIN_RUNS = ("simple-cil", "release", "corrected")
+_NO_INFERENCE = {"lorac_ipc.inference": "none", "lorac_ipc.alignment": False}
+_NO_IPC = {"lorac_ipc.ipc_threshold": 0.0}
+
+MAIN_RUNS = (
+    *("simple-cil", "release", "corrected"),
+    *("lorac-plain", "lorac-ipc-plain", "lorac", "lorac-ipc"),
+)
 RUNS: Mapping[str, Run] = {
     "simple-cil": Run("simple-cil", "corrected", "class means of the frozen backbone"),
     "release": _release("NTK-CL as released"),
     "corrected": _corrected("NTK-CL with its defects repaired"),
+    "lorac-plain": Run(
+        *("lorac-ipc", "corrected", "LoRAC without task inference and alignment"),
+        _NO_IPC | _NO_INFERENCE,
+    ),
+    "lorac-ipc-plain": Run(
+        *("lorac-ipc", "corrected", "LoRAC+IPC without task inference and alignment"),
+        _NO_INFERENCE,
+    ),
+    "lorac": Run("lorac-ipc", "corrected", "LoRAC", _NO_IPC),
+    "lorac-ipc": Run("lorac-ipc", "corrected", "LoRAC+IPC"),
+    # Settings of LoRAC+IPC, for held-out images.
+    "lorac-ipc-lr-0.002": Run(
+        *("lorac-ipc", "corrected", "learning rate 0.002"), {"learning_rate": 0.002}
+    ),
+    "lorac-ipc-lr-0.01": Run(
+        *("lorac-ipc", "corrected", "learning rate 0.01"), {"learning_rate": 0.01}
+    ),
     # One repair added to the release.
     "release-gated-prompts": _release("prompts that learn", prompts="gated"),
     "release-cross-attention": _release("fusion by cross-attention", fusion="cross_attention"),

@@ -9,6 +9,7 @@ import platform
 import signal
 import subprocess
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,7 @@ from ntkcl import _C
 from ntkcl import backbones as _backbones
 from ntkcl import config as _config
 from ntkcl.backbones import Weights, backbone_info, load_backbone
-from ntkcl.config import ARRAYS, Config, Normalization, resolve
+from ntkcl.config import ARRAYS, Config, Normalization, cautions, resolve
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
 from ntkcl.progress import make_progress
 from ntkcl.result import Result, result_of
@@ -59,6 +60,8 @@ def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result:
             '[config] \'dataset\': expected the arrays {"train": (images, labels), "test": ...}, '
             "as a file does not hold them, got 'arrays'"
         )
+    for caution in cautions(config):
+        warnings.warn(f"[config] {caution}", stacklevel=3)
     folder = RunFolder.reserve(config)
     try:
         dataset = load_dataset(

@@ -19,6 +19,7 @@ from ntkcl.names import did_you_mean
 
 DEFAULT_BACKBONE = "vit_formula_patch8_32"
 _HALF = (0.5, 0.5, 0.5)
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ _BACKBONES = {
         _vit("base", "augreg_in21k"),
         _vit("base", "augreg_in21k_ft_in1k"),
         _vit("base", "orig_in21k"),
+        # MoCo v3 of 300 epochs, from a file: Chen et al., arXiv 2104.02057.
+        Backbone(
+            "vit_base_patch16_224.mocov3_in1k", 768, 12, 12, mean=_IMAGENET[0], std=_IMAGENET[1]
+        ),
         _vit("large", "augreg_in21k"),
         _vit("large", "augreg_in21k_ft_in1k"),
     )
@@ -147,7 +152,11 @@ def _find(info: Backbone) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"[weights] '{path}' is missing from the installation of ntkcl")
         return path
-    assert info.hub_id is not None
+    if info.hub_id is None:
+        raise FileNotFoundError(
+            f"[weights] '{info.name}' is on no hub under timm's key names: give "
+            "weights=<safetensors file>"
+        )
     from huggingface_hub import hf_hub_download
 
     try:

@@ -200,6 +200,16 @@ def resolve(
     return config
 
 
+def cautions(config: Config) -> list[str]:
+    """What a reader of this run's accuracies must know."""
+    if config.flat().get("lorac_ipc.inference") == "vote_by_test_task":
+        return [
+            "lorac_ipc.inference = 'vote_by_test_task' uses the labels of the test images: these "
+            "accuracies are no result and compare with no other"
+        ]
+    return []
+
+
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a configuration file; FileNotFoundError, or ValueError with the line that is wrong."""
     file = Path(path).expanduser()

@@ -121,9 +121,9 @@ class Live(Silent):
         self._progress.update(
             self._now,
             description=event["name"],
-            completed=event["images_done"],
-            total=event["images"],
-            detail="images",
+            completed=event["done"],
+            total=event["count"],
+            detail="",
         )
 
     def on_evaluation(self, event: Event) -> None:

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ntkcl.config import cautions
 from ntkcl.result import Result
 
 _INK = "#1f2933"
@@ -25,7 +26,8 @@ def accuracy_figure(result: Result) -> Figure:
     _draw_curve(curve, result)
     _draw_matrix(matrix, result)
     config = result.config
-    figure.suptitle(f"{config.method} on {config.dataset}, {config.backbone}", color=_INK)
+    title = [f"{config.method} on {config.dataset}, {config.backbone}", *cautions(config)]
+    figure.suptitle("\n".join(title), color=_INK)
     return figure
 
 

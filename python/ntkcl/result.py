@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkcl.config import Config, resolve
+from ntkcl.config import Config, cautions, resolve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,11 +95,13 @@ class Result:
 
     def headline(self) -> dict[str, str]:
         """The numbers that are quoted first, as text by name."""
+        cautions_of = cautions(self.config)
         return {
             "final accuracy": percent(self.final_accuracy),
             "average accuracy": percent(self.average_accuracy),
             "forgetting": percent(self.forgetting),
             "backward transfer": percent(self.backward_transfer),
+            **({"caution": "; ".join(cautions_of)} if cautions_of else {}),
         }
 
     def __repr__(self) -> str:

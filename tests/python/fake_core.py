@@ -76,9 +76,7 @@ class FakeTrainer:
                 "images_per_second": 128.0,
             }
         )
-        tell(
-            {"event": "stage", "task": task, "name": "prototypes", "images_done": 64, "images": 64}
-        )
+        tell({"event": "stage", "task": task, "name": "prototypes", "done": 64, "count": 64})
         tell({"event": "evaluation", **self._evaluation(task)})
         tell({"event": "task_end", "task": task, "seconds": 1.0})
 

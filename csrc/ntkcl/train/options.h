@@ -15,6 +15,7 @@ struct TrainOptions {
   int64_t batch_size = 16;
   int64_t evaluation_batch_size = 64;
   double learning_rate = 0.025;
+  double initial_learning_rate = 0.0;
   double validation_fraction = 0.0;
   int64_t seed = 0;
   std::string device = "auto";
@@ -37,6 +38,8 @@ struct TrainOptions {
     v("evaluation_batch_size", evaluation_batch_size, at_least(1),
       "images a step without gradients");
     v("learning_rate", learning_rate, at_least(0), "learning rate at a task's first epoch");
+    v("initial_learning_rate", initial_learning_rate, at_least(0),
+      "learning rate at the first task's first epoch; 0: as `learning_rate`");
     v("validation_fraction", validation_fraction, at_least(0).below(1),
       "share of each class's training images that is held out and takes the place of the test "
       "images");

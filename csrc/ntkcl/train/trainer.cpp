@@ -87,10 +87,13 @@ Trainer::Trainer(const std::string& method, const OptionMap& method_options, Tra
   std_ = channel_constant(data_.std, "std", vit_.options());
   NTKCL_CHECK(std_.gt(0).all().item<bool>(), "normalize", "'std': expected positive numbers");
 
-  NTKCL_CHECK(options_.schedule.kind != "cosine" ||
-                  options_.schedule.min_learning_rate <= options_.learning_rate,
-              "train", "'min_learning_rate': expected at most the learning rate ",
-              options_.learning_rate, ", got ", options_.schedule.min_learning_rate);
+  for (const double rate : {options_.learning_rate, options_.initial_learning_rate}) {
+    const bool used = rate > 0 || rate == options_.learning_rate;
+    NTKCL_CHECK(!used || options_.schedule.kind != "cosine" ||
+                    options_.schedule.min_learning_rate <= rate,
+                "train", "'min_learning_rate': expected at most the learning rate ", rate, ", got ",
+                options_.schedule.min_learning_rate);
+  }
   data_.loader.pin_memory = device_.is_cuda();
   const data::Transform transform(data_.transform);
   train_loader_ = std::make_unique<data::Loader>(data_.train, transform, data_.loader);
@@ -223,9 +226,11 @@ void Trainer::train_task(std::vector<optim::ParameterGroup> groups) {
   const Stopwatch watch;
   const auto optimizer = optim::make_optimizer(options_.optimizer, std::move(groups));
   const int64_t epochs = epochs_of(info_.index);
+  const bool own = info_.first() && options_.initial_learning_rate > 0;
+  const double first_rate = own ? options_.initial_learning_rate : options_.learning_rate;
   for (int64_t epoch = 0; epoch < epochs; ++epoch) {
-    const double rate = optim::schedule_learning_rates(*optimizer, options_.schedule,
-                                                       options_.learning_rate, epoch, epochs);
+    const double rate = optim::schedule_learning_rates(*optimizer, options_.schedule, first_rate,
+                                                       epoch, epochs);
     train_epoch(*optimizer, epoch, epochs, rate);
   }
   result_.training_seconds += watch.seconds();
@@ -388,7 +393,7 @@ void Trainer::evaluate(const std::string& tag) {
 
 void Trainer::progress(const std::string& activity, int64_t done, int64_t count) {
   emit("stage",
-       {{"task", info_.index}, {"name", activity}, {"images_done", done}, {"images", count}});
+       {{"task", info_.index}, {"name", activity}, {"done", done}, {"count", count}});
   check_stop();
 }
 

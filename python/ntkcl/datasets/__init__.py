@@ -32,6 +32,8 @@ KNOWN_DATASETS: Mapping[str, str] = {
     "eurosat": f"the 10 classes of EuroSAT RGB, {_AS_FOLDERS}",
     "plantvillage": f"the 15 classes of PlantVillage, {_AS_FOLDERS}",
     "vtab": f"50 classes of five VTAB data sets, {_AS_FOLDERS}",
+    "5-datasets": "the 50 classes of SVHN, MNIST, CIFAR-10, notMNIST and Fashion-MNIST, named so "
+    f"that they sort in this order, {_AS_FOLDERS}",
     "kvasir": f"the 8 classes of Kvasir, {_AS_FOLDERS}",
 }
 

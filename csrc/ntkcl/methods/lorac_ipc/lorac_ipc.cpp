@@ -158,7 +158,10 @@ Losses LoracIpc::gradients(const Batch& batch, const StepInfo& step, TaskService
                              batch.labels - training_.task.n_old);
   ce.backward();
   if (measure) {
-    training_.importance->add(probes.grad().to(at::kDouble));
+    // Without a gradient where every matrix is frozen.
+    const at::Tensor& importance = probes.grad();
+    training_.importance->add(
+        (importance.defined() ? importance : probes.detach()).to(at::kDouble));
   }
   const at::Tensor penalty = penalise();
   const at::Tensor norm = optim::clip_grad_norm_(training_.parameters, options_.clip_norm);
@@ -218,6 +221,7 @@ void LoracIpc::freeze() {
                              {.threshold = options_.ipc_threshold,
                               .of_new = options_.new_mask,
                               .rule = options_.selection});
+    training_.importance.reset();
   }
   if (trains_norm()) {
     first_ = {};
@@ -454,8 +458,44 @@ void LoracIpc::visit_state(const StateVisitor& visitor) {
   if (training_.importance) {
     training_.importance->visit_state("importance.", visitor);
   }
+  check_state();
   first_ = {};
   recent_ = {};
+  seen_.clear();
+}
+
+// Tensors that came from outside fit each other.
+void LoracIpc::check_state() const {
+  const auto expect = [](const std::string& name, const at::Tensor& tensor, at::IntArrayRef sizes) {
+    NTKCL_CHECK(tensor.sizes() == sizes, "state", name, ": expected ", sizes, ", got ",
+                tensor.sizes());
+  };
+  const int64_t l = lora_.blocks(), r = options_.rank, t = lora_.modules();
+  const int64_t classes = head_.weight.dim() == 2 ? head_.weight.size(0) : -1, c = vit_.width();
+  for (size_t i = 0; i < lora_.groups().size(); ++i) {
+    const nn::LoraGroup& group = lora_.groups()[i];
+    const std::string prefix = name_of(group) + ".";
+    const int64_t g = group.types(), out = group.pretrained.size(2), in = group.pretrained.size(3);
+    const int64_t tasks = bank_[i].dim() == 4 ? bank_[i].size(3) : -1;
+    expect(prefix + "down", group.down, {l, g, in, r});
+    expect(prefix + "up", group.up, {l, g, r, out});
+    expect(prefix + "old_down", group.old_down, {l, g, in, t * r});
+    expect(prefix + "old_up", group.old_up, {l, g, t * r, out});
+    expect(prefix + "omega", group.omega, {l, g, t});
+    expect(prefix + "bank", bank_[i], {l, g, tasks, tasks});
+    NTKCL_CHECK(t <= tasks, "state", prefix, "bank: expected ", t, " tasks, got ", tasks);
+  }
+  expect("mask", mask_, {lora_.types(), l});
+  expect("head.weight", head_.weight, {classes, c});
+  expect("head.bias", head_.bias, {classes});
+  expect("task_sizes", task_sizes_, {t});
+  NTKCL_CHECK(t == 0 || (task_sizes_.gt(0).all().item<bool>() && n_seen() <= classes), "state",
+              "task_sizes: expected positive numbers of at most ", classes, " classes together");
+  NTKCL_CHECK(clusters_.means.dim() == 3 &&
+                  clusters_.means.sizes() == clusters_.variances.sizes() &&
+                  clusters_.means.size(2) == c,
+              "state", "alignment.*: expected means and variances (n, K, ", c, "), got ",
+              clusters_.means.sizes(), " and ", clusters_.variances.sizes());
 }
 
 }  // namespace ntkcl::methods::lorac_ipc

@@ -29,6 +29,7 @@ class LoracIpc : public Method {
   void visit_state(const StateVisitor& visitor) override;
 
  private:
+  void check_state() const;
   // What holds while a task is trained.
   struct Training {
     TaskInfo task;
