@@ -21,13 +21,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import subprocess
-import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +37,7 @@ from step_problem import (
     products_published,
 )
 from step_pytorch import CarefulStep, PlainStep
+from workers import Process, memory, serve, timed
 
 VARIANTS = ("plain", "careful", "compiled", "ours")
 # Against plain PyTorch in float32: relative error of a gradient, by its norm.
@@ -142,23 +138,7 @@ class OurStep:
         return {name: value.cpu() for name, value in named.items()}
 
 
-def memory(device: str, reset: bool = False) -> int:
-    """Bytes: largest resident set of this process (or largest sum of tensors on the GPU)."""
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-            peak = torch.cuda.memory_allocated()
-        return peak
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    key = "VmRSS:" if reset else "VmHWM:"
-    return int(status.split(key)[1].split()[0]) * 1024
-
-
 def worker(arguments: argparse.Namespace) -> None:
-    """Answers lines of JSON on standard input, one command each."""
     torch.set_num_threads(arguments.threads)
     device, kind = arguments.device, arguments.worker
     problem = Problem(arguments.model, arguments.batch, arguments.task)
@@ -176,31 +156,22 @@ def worker(arguments: argparse.Namespace) -> None:
     if kind != "floor":
         images, labels = problem.images.to(device), problem.labels.to(device)
     before = memory(device, reset=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-        answer: dict[str, Any] = {}
-        if command["do"] == "verify":
-            answer["losses"] = step.step(images, labels, True)
-            gradients = {name: g.contiguous().cpu() for name, g in step.gradients().items()}
-            save_file(gradients, command["to"])
-            step.step(images, labels, False)
-        elif command["do"] == "floor":
-            answer["seconds"] = floor_seconds(problem, arguments.precision, device)
-        elif command["do"] == "time":
-            answer["seconds"] = timed(lambda: step.step(images, labels, False), device)
-        else:
-            answer["bytes"] = memory(device) - before
-        print(json.dumps(answer), flush=True)
 
+    def verified(command: dict[str, Any]) -> dict[str, Any]:
+        losses = step.step(images, labels, True)
+        gradients = {name: g.contiguous().cpu() for name, g in step.gradients().items()}
+        save_file(gradients, command["to"])
+        step.step(images, labels, False)
+        return {"losses": losses}
 
-def timed(run: Any, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    serve(
+        {
+            "verify": verified,
+            "floor": lambda _: {"seconds": floor_seconds(problem, arguments.precision, device)},
+            "time": lambda _: {"seconds": timed(lambda: step.step(images, labels, False), device)},
+            "memory": lambda _: {"bytes": memory(device) - before},
+        }
+    )
 
 
 def floor_seconds(problem: Problem, precision: str, device: str) -> list[float]:
@@ -225,44 +196,15 @@ def best_seconds(product: Any, dtype: torch.dtype, device: str) -> float:
 # ---- all variants ----
 
 
-@dataclass
-class Process:
-    """A worker and what it has measured."""
-
-    name: str
-    arguments: argparse.Namespace
-    seconds: list[Any] = field(default_factory=list)
-
-    def __enter__(self) -> Process:
-        a = self.arguments
-        command = [sys.executable, __file__, "--worker", self.name]
-        for key in ("model", "batch", "task", "device", "precision", "threads"):
-            command += [f"--{key}", str(getattr(a, key))]
-        environment = dict(os.environ)
-        if self.name in ("careful", "compiled", "floor"):
-            environment |= CAREFUL_ENVIRONMENT
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-
-    def ask(self, do: str, **more: str) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        print(json.dumps({"do": do, **more}), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name}: the process ended ({self.process.wait()})")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    @property
-    def best(self) -> float:
-        return min(self.seconds)
+def process_of(name: str, arguments: argparse.Namespace) -> Process:
+    keys = ("model", "batch", "task", "device", "precision", "threads")
+    careful = name in ("careful", "compiled", "floor")
+    return Process(
+        name,
+        __file__,
+        {key: getattr(arguments, key) for key in keys},
+        CAREFUL_ENVIRONMENT if careful else {},
+    )
 
 
 def verify(processes: list[Process], precision: str) -> dict[str, dict[str, float]]:
@@ -296,8 +238,8 @@ def verify(processes: list[Process], precision: str) -> dict[str, dict[str, floa
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     problem = Problem(arguments.model, arguments.batch, arguments.task)
-    processes = [Process(name, arguments) for name in arguments.variants]
-    floor = Process("floor", arguments)
+    processes = [process_of(name, arguments) for name in arguments.variants]
+    floor = process_of("floor", arguments)
     for process in (floor, *processes):
         process.__enter__()
     try:

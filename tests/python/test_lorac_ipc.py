@@ -209,6 +209,11 @@ def test_without_ipc_nothing_freezes(tmp_path: Path) -> None:
     assert state(result)["mask"].min() == 1
 
 
+def test_the_window_lies_at_the_end_of_a_task(tmp_path: Path) -> None:
+    result = train(tmp_path / "run", epochs=3, lorac_ipc={"importance_window": 1})
+    assert int((state(result)["mask"] == 0).sum()) == len(result.evaluations)
+
+
 def test_the_head_as_trained_goes_on_where_the_aligned_one_does_not(tmp_path: Path) -> None:
     aligned, trained = (
         train(tmp_path / str(flag), lorac_ipc={"train_aligned_head": flag}, epochs=2)

@@ -89,10 +89,10 @@ Trainer::Trainer(const std::string& method, const OptionMap& method_options, Tra
 
   for (const double rate : {options_.learning_rate, options_.initial_learning_rate}) {
     const bool used = rate > 0 || rate == options_.learning_rate;
-    NTKCL_CHECK(!used || options_.schedule.kind != "cosine" ||
-                    options_.schedule.min_learning_rate <= rate,
-                "train", "'min_learning_rate': expected at most the learning rate ", rate, ", got ",
-                options_.schedule.min_learning_rate);
+    NTKCL_CHECK(
+        !used || options_.schedule.kind != "cosine" || options_.schedule.min_learning_rate <= rate,
+        "train", "'min_learning_rate': expected at most the learning rate ", rate, ", got ",
+        options_.schedule.min_learning_rate);
   }
   data_.loader.pin_memory = device_.is_cuda();
   const data::Transform transform(data_.transform);
@@ -190,8 +190,7 @@ void Trainer::run_task() {
                  error.what());
     }
   }
-  result_.evaluations.push_back(evaluation("evaluation"));
-  report("evaluation", result_.evaluations.back(), {});
+  result_.evaluations.push_back(evaluate_and_report("evaluation", "evaluation", {}));
   emit("task_end", {{"task", info_.index}, {"seconds", watch.seconds()}});
 }
 
@@ -229,8 +228,8 @@ void Trainer::train_task(std::vector<optim::ParameterGroup> groups) {
   const bool own = info_.first() && options_.initial_learning_rate > 0;
   const double first_rate = own ? options_.initial_learning_rate : options_.learning_rate;
   for (int64_t epoch = 0; epoch < epochs; ++epoch) {
-    const double rate = optim::schedule_learning_rates(*optimizer, options_.schedule, first_rate,
-                                                       epoch, epochs);
+    const double rate =
+        optim::schedule_learning_rates(*optimizer, options_.schedule, first_rate, epoch, epochs);
     train_epoch(*optimizer, epoch, epochs, rate);
   }
   result_.training_seconds += watch.seconds();
@@ -257,8 +256,7 @@ void Trainer::train_epoch(optim::Optimizer& optimizer, int64_t epoch, int64_t ep
     std::map<std::string, double> losses;
     optimizer.step([&](int pass) {
       // Checked before the optimiser moves anything.
-      const methods::StepInfo step{
-          .step = step_, .pass = pass, .steps = steps * epochs_of(info_.index)};
+      const methods::StepInfo step{.step = step_, .pass = pass, .steps = steps};
       auto of_pass = finite(method_->gradients(batch, step, *this), epoch, learning_rate);
       if (pass == 0) {
         losses = std::move(of_pass);
@@ -359,19 +357,17 @@ class Trainer::SeenTestImages : public methods::TestImages {
   std::vector<int64_t> numbers_;
 };
 
-stats::Evaluation Trainer::evaluation(const std::string& activity) {
+stats::Evaluation Trainer::evaluate_and_report(
+    const std::string& event, const std::string& activity,
+    std::vector<std::pair<std::string, EventValue>> fields) {
   const at::NoGradGuard no_grad;
-  stats::Evaluation evaluation(task_sizes_, info_.index);
+  const Stopwatch watch;
+  stats::Evaluation e(task_sizes_, info_.index);
   SeenTestImages images(*this, activity);
   method_->score(images, [&](const at::Tensor& labels, const methods::Scores& scores) {
     const at::Tensor task = scores.task.defined() ? scores.task.cpu() : at::Tensor();
-    evaluation.add(labels.cpu(), scores.classes.cpu(), task);
+    e.add(labels.cpu(), scores.classes.cpu(), task);
   });
-  return evaluation;
-}
-
-void Trainer::report(const std::string& event, const stats::Evaluation& e,
-                     std::vector<std::pair<std::string, EventValue>> fields) const {
   const std::vector<std::pair<std::string, EventValue>> figures{
       {"task", info_.index},
       {"count", e.count()},
@@ -382,18 +378,19 @@ void Trainer::report(const std::string& event, const stats::Evaluation& e,
       {"new_classes", e.new_classes()},
       {"task_id", e.task_id()},
       {"within_task", e.within_task()},
-      {"inferred_task", e.inferred_task()}};
+      {"inferred_task", e.inferred_task()},
+      {"seconds", watch.seconds()}};
   fields.insert(fields.end(), figures.begin(), figures.end());
   emit(event, std::move(fields));
+  return e;
 }
 
 void Trainer::evaluate(const std::string& tag) {
-  report("extra_evaluation", evaluation(tag), {{"tag", tag}});
+  evaluate_and_report("extra_evaluation", tag, {{"tag", tag}});
 }
 
 void Trainer::progress(const std::string& activity, int64_t done, int64_t count) {
-  emit("stage",
-       {{"task", info_.index}, {"name", activity}, {"done", done}, {"count", count}});
+  emit("stage", {{"task", info_.index}, {"name", activity}, {"done", done}, {"count", count}});
   check_stop();
 }
 

@@ -69,9 +69,9 @@ class Trainer : private methods::TaskServices {
                                        double learning_rate) const;
   void report_step(const std::map<std::string, double>& losses, int64_t epoch, int64_t steps,
                    int64_t images, double learning_rate);
-  stats::Evaluation evaluation(const std::string& activity);
-  void report(const std::string& event, const stats::Evaluation& evaluation,
-              std::vector<std::pair<std::string, EventValue>> fields) const;
+  // Evaluates, and reports it as an event of this name with `fields` before its own.
+  stats::Evaluation evaluate_and_report(const std::string& event, const std::string& activity,
+                                        std::vector<std::pair<std::string, EventValue>> fields);
   void emit(std::string name, std::vector<std::pair<std::string, EventValue>> fields) const;
   void check_stop() const;
 

@@ -1,0 +1,94 @@
+"""Variants of one computation, each in a process of its own, asked by turns.
+
+A benchmark starts itself again with ``--worker <variant>``; the worker calls `serve`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Answers = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]
+
+
+@dataclass
+class Process:
+    """A worker and what it has measured."""
+
+    name: str
+    script: str  # the benchmark
+    options: Mapping[str, object]  # its own, for the worker as well
+    environment: Mapping[str, str] = field(default_factory=dict)
+    seconds: list[Any] = field(default_factory=list)
+
+    def __enter__(self) -> Process:
+        command = [sys.executable, self.script, "--worker", self.name]
+        for key, value in self.options.items():
+            command += [f"--{key}", str(value)]
+        self.process = subprocess.Popen(
+            command,
+            env={**os.environ, **self.environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+    def ask(self, do: str, **more: object) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps({"do": do, **more}), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: the process ended ({self.process.wait()})")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+
+def serve(answers: Answers) -> None:
+    """Answers lines of JSON on standard input, one command each, until it is closed."""
+    for line in sys.stdin:
+        command = json.loads(line)
+        print(json.dumps(answers[command.pop("do")](command)), flush=True)
+
+
+def timed(run: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def memory(device: str, reset: bool = False) -> int:
+    """Bytes: largest resident set of this process (or largest sum of tensors on the GPU)."""
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+            peak = torch.cuda.memory_allocated()
+        return peak
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    key = "VmRSS:" if reset else "VmHWM:"
+    return int(status.split(key)[1].split()[0]) * 1024
