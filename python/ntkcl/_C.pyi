@@ -47,6 +47,7 @@ __all__: list[str] = [
     "kmeans_plus_plus",
     "learning_rate_at",
     "list_in_use",
+    "lora_pass",
     "make_array_store",
     "make_file_store",
     "make_optimizer",
@@ -234,7 +235,9 @@ class ClusterGaussians:
     """
     def __init__(self) -> None: ...
     def add_class(self, rows: torch.Tensor, labels: torch.Tensor) -> None: ...
-    def distances(self, features: torch.Tensor) -> torch.Tensor:
+    def distances(
+        self, features: torch.Tensor, first: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> torch.Tensor:
         """
         (b, C) -> (b, classes), squared Mahalanobis distance to the nearest cluster.
         """
@@ -264,9 +267,11 @@ class MethodSession:
         batch_size: typing.SupportsInt | typing.SupportsIndex,
         images: torch.Tensor,
         labels: torch.Tensor,
+        classes: typing.SupportsInt | typing.SupportsIndex = 0,
+        steps: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None:
         """
-        Images (n, 3, S, S) and labels of the task, for its statistics.
+        Images (n, 3, S, S) and labels of the task, for its statistics; classes of all tasks and steps of this one, 0 where not known.
         """
     def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]: ...
     def load_state(self, state: collections.abc.Mapping[str, torch.Tensor]) -> None: ...
@@ -336,14 +341,21 @@ class Evaluation:
         task_sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
         task: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
-    def add(self, labels: torch.Tensor, scores: torch.Tensor) -> None:
+    def add(
+        self, labels: torch.Tensor, scores: torch.Tensor, task: torch.Tensor | None = None
+    ) -> None:
         """
-        A batch: int64 labels (b), scores (b, n_seen).
+        A batch: int64 labels (b), scores (b, n_seen or more), tasks inferred (b).
         """
     @property
     def count(self) -> int:
         """
         Images added.
+        """
+    @property
+    def inferred_task(self) -> float:
+        """
+        The task inferred is the image's; NaN where none was.
         """
     @property
     def labels(self) -> torch.Tensor:
@@ -616,6 +628,16 @@ def list_in_use(
     task: typing.SupportsInt | typing.SupportsIndex,
     tasks: typing.SupportsInt | typing.SupportsIndex,
 ) -> int: ...
+def lora_pass(
+    vit: VisionTransformer,
+    images: torch.Tensor,
+    down: collections.abc.Mapping[str, torch.Tensor],
+    up: collections.abc.Mapping[str, torch.Tensor],
+    omega: collections.abc.Mapping[str, torch.Tensor],
+    current: torch.Tensor,
+    old: torch.Tensor,
+    probes: torch.Tensor | None = None,
+) -> torch.Tensor: ...
 def make_array_store(
     images: torch.Tensor,
     labels: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],

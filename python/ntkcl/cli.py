@@ -27,7 +27,7 @@ from ntkcl.api import run
 from ntkcl.backbones import backbone_info
 from ntkcl.datasets import KNOWN_DATASETS
 from ntkcl.names import did_you_mean
-from ntkcl.presets import PRESETS, PUBLISHED
+from ntkcl.presets import PRESETS, PUBLISHED, PUBLISHED_TASK_MEANS
 from ntkcl.progress import result_table
 
 _USER_ERRORS = (ValueError, TypeError, OSError)
@@ -211,10 +211,16 @@ def _presets(_: list[str]) -> None:
     for name, preset in PRESETS.items():
         classes = f"{preset['initial_classes']}+{preset['increment']}"
         keys = ("learning_rate", "batch_size", "epochs", "weight_decay")
-        average, final = PUBLISHED[name]
-        accuracies = (f"{average:.2f}", f"{final:.2f}")
-        rows.append([name, classes, *(f"{preset[key]:g}" for key in keys), *accuracies])
-    _print_table(["preset", "classes", "rate", "batch", "epochs", "decay", "mean", "final"], rows)
+        rows.append([name, classes, *(f"{preset[key]:g}" for key in keys), _published(name)])
+    _print_table(["preset", "classes", "rate", "batch", "epochs", "decay", "published"], rows)
+
+
+def _published(preset: str) -> str:
+    if preset in PUBLISHED:
+        return "average {:.2f}, final {:.2f}".format(*PUBLISHED[preset])
+    if preset in PUBLISHED_TASK_MEANS:
+        return "task mean {:.2f}, forgetting {:.2f}".format(*PUBLISHED_TASK_MEANS[preset])
+    return "-"
 
 
 def _backbones(_: list[str]) -> None:

@@ -27,9 +27,9 @@ eta = 0.03
 ```
 
 What is given wins in this order: keywords or command line, file, preset, variant, defaults. Some
-defaults follow the data set (digits: 5 tasks of 2 classes) and the backbone (`image_size`). The
-resolved configuration is stored with the run as `config.toml`; `ntkcl train --config` of that file
-starts the same run again.
+defaults follow the method, the data set (digits: 5 tasks of 2 classes) and the backbone
+(`image_size`). The resolved configuration is stored with the run as `config.toml`;
+`ntkcl train --config` of that file starts the same run again.
 
 This page is written by `python -m ntkcl.reference`.
 """
@@ -45,6 +45,8 @@ def configuration_page() -> str:
         own = [option for option in options(name) if option.key.startswith(section + ".")]
         if own:
             parts += [f"## `{name}`\n", f"{_sentence(method['doc'])}\n", _table(own)]
+            if method["defaults"]:
+                parts.append(f"Its defaults of common keys: {_pairs(method['defaults'])}.\n")
             parts += [
                 _variant(variant, values)
                 for variant, values in method["variants"].items()
@@ -67,8 +69,11 @@ def _table(rows: list[Option]) -> str:
 
 
 def _variant(name: str, values: dict[str, Any]) -> str:
-    pairs = ", ".join(f"`{key} = {toml_value(value)}`" for key, value in values.items())
-    return f"`variant = {name}` sets {pairs}.\n"
+    return f"`variant = {name}` sets {_pairs(values)}.\n"
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"`{key} = {toml_value(value)}`" for key, value in values.items())
 
 
 def _sentence(text: str) -> str:

@@ -1,10 +1,10 @@
-"""The published settings are what section 6 of the NTK-CL specification lists."""
+"""The published settings are what the specifications list."""
 
 import pytest
 
 from ntkcl import list_backbones, list_presets
 from ntkcl.config import resolve
-from ntkcl.presets import PUBLISHED
+from ntkcl.presets import PUBLISHED, PUBLISHED_TASK_MEANS
 
 # data set: first classes, increment, learning rate, batch, epochs, weight decay, eta, plain feature
 SETTINGS = {
@@ -47,7 +47,56 @@ def test_a_preset_resolves_to_the_published_settings(dataset: str, tag: str) -> 
 
 def test_every_preset_has_its_published_accuracies_and_nothing_else_is_listed() -> None:
     names = {f"ntk-cl/{dataset}-{tag}" for dataset in SETTINGS for tag in WEIGHTS}
-    assert set(list_presets()) == names == set(PUBLISHED)
+    lorac = {f"lorac-ipc/{name}" for name in LORAC}
+    assert set(list_presets()) == names | lorac
+    assert names == set(PUBLISHED)
+    assert set(PUBLISHED_TASK_MEANS) <= lorac
     assert all(average > final for average, final in PUBLISHED.values())
     assert PUBLISHED["ntk-cl/cifar100-in21k"] == (93.76, 90.27)
     assert set(WEIGHTS.values()) <= set(list_backbones())
+
+
+# Of section 10 of the LoRAC-IPC specification, learning rates as the release is called with:
+# weights, tasks of so many classes, placement, r, E, lr, first lr, lambda, omega scale, IPC,
+# clusters for task inference (none without sections 6 and 7).
+ORIG, AUGREG, MOCO = (
+    f"vit_base_patch16_224.{tag}" for tag in ("orig_in21k", "augreg_in21k", "mocov3_in1k")
+)
+LORAC = {
+    "cifar100-orig-in21k": (ORIG, 10, "all", 32, 20, 0.02, 0.01, 1, 0.1, 0.05, 4),
+    "cifar100-orig-in21k-lorac": (ORIG, 10, "all", 16, 20, 0.02, 0.01, 10, 0.1, 0, 4),
+    "cifar100-in21k": (AUGREG, 10, "all", 16, 10, 0.006, 0, 0.5, 1, 0.05, 4),
+    "cifar100-moco": (MOCO, 10, "all", 16, 20, 0.003, 0.01, 0.1, 1, 0.05, 4),
+    "cifar100-moco-lorac": (MOCO, 10, "all", 16, 20, 0.01, 0, 1, 1, 0, 4),
+    "imagenet-r-orig-in21k": (ORIG, 20, "all", 32, 50, 0.01, 0, 1, 0.1, 0.05, 2),
+    "imagenet-r-orig-in21k-qkvo": (ORIG, 20, "qkvo", 48, 50, 0.01, 0, 0.1, 0.5, 0.05, 2),
+    "imagenet-r-in21k": (AUGREG, 20, "all", 32, 50, 0.006, 0, 1, 1, 0.05, 2),
+    "imagenet-r-moco": (MOCO, 20, "all", 16, 20, 0.005, 0.01, 0.1, 1, 0.05, 2),
+    "imagenet-r-moco-lorac": (MOCO, 20, "all", 16, 20, 0.01, 0.01, 1, 1, 0, 2),
+    "domainnet-in21k": (AUGREG, 69, "qkvo", 64, 50, 0.006, 0, 0.5, 1, 0.05, None),
+    "5-datasets-orig-in21k": (ORIG, 10, "qkvo", 4, 5, 0.01, 0, 10, 0.1, 0.05, 4),
+    "5-datasets-orig-in21k-no-inference": (ORIG, 10, "qkvo", 8, 5, 0.01, 0, 1, 1, 0.1, None),
+}
+
+
+@pytest.mark.parametrize("name", LORAC)
+def test_a_preset_of_lorac_resolves_to_the_published_settings(name: str) -> None:
+    weights, classes, *settings, clusters = LORAC[name]
+    c = resolve({"preset": f"lorac-ipc/{name}"})
+    o = c.lorac_ipc
+    assert [
+        *(o.placement, o.rank, c.epochs, pytest.approx(c.learning_rate * 256 / 64)),
+        *(c.initial_learning_rate, o.model_dump()["lambda"], o.omega_lr_factor, o.ipc_threshold),
+    ] == settings
+    assert (c.backbone, c.initial_classes, c.increment) == (weights, classes, classes)
+    assert (c.method, c.variant, c.class_order) == ("lorac-ipc", "release", "natural")
+    assert (c.batch_size, c.optimizer, c.weight_decay) == (128, "adam", 0)
+    assert (c.schedule, c.hold_epochs, c.min_learning_rate) == ("cosine", 1, 1e-5)
+    assert (o.inference, o.alignment) == (
+        ("none", False) if clusters is None else ("per_image", True)
+    )
+    assert clusters is None or o.inference_clusters == clusters
+    assert (o.alignment_clusters, o.alignment_epochs, o.alignment_learning_rate) == (10, 50, 0.005)
+    assert o.moco_norm == ("new" if weights == MOCO else "pretrained")
+    assert c.transform == ("cifar" if name.startswith("cifar100-orig") else "inception")
+    assert (c.normalize == "none") == (not name.startswith("cifar100-orig"))

@@ -8,8 +8,8 @@
 
 // What torch.autocast does to the arguments: attention and the adapter's middle compute in the type
 // of qkv and x, so a float32 gate or bias is cast to it (once, as autocast keeps casts of
-// parameters); a composed linear layer computes in autocast's type, as torch's own does, and composes
-// its weight in the modules'; cosines compute in float32, as torch's own cosine_similarity does.
+// parameters); a composed linear layer computes in autocast's type, as torch's own does, and
+// composes its weight in the modules'; cosines compute in float32, as torch's cosine_similarity.
 namespace ntkcl::ops {
 namespace {
 

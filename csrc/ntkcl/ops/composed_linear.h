@@ -49,8 +49,8 @@ at::Tensor composed_linear(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& probe = std::nullopt);
 
 // The weights W (m, out, in) of any number of matrices in two batched products: weight (m, out,
-// in), modules as above with m for g and scale (m), omega (m, t) as tensors of factors; what there is
-// not of current or old modules is undefined. No gradient.
+// in), modules as above with m for g, and scale (m) and omega (m, t) as tensors of factors; what
+// there is not of current or old modules is undefined. No gradient.
 struct WeightFactors {
   at::Tensor down{}, up{}, scale{};
   at::Tensor old_down{}, old_up{}, omega{};

@@ -31,8 +31,8 @@ class ClusterGaussians {
   // adding, without the first ones.
   at::Tensor distances(const at::Tensor& features, int64_t first = 0) const;
 
-  // Tells all clusters as tensors, which may be replaced: "means" (m, C), "factors" (rows, C) of all
-  // clusters one below the other, "factor_rows" (m) and "clusters" (classes) that count them.
+  // Tells all clusters as tensors, which may be replaced: "means" (m, C), "factors" (rows, C) of
+  // all clusters one below the other, "factor_rows" (m) and "clusters" (classes) that count them.
   using StateFn = std::function<void(const std::string& name, at::Tensor& tensor)>;
   void visit_state(const std::string& prefix, const at::TensorOptions& options,
                    const StateFn& visitor);
