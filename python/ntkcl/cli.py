@@ -210,17 +210,13 @@ def _presets(_: list[str]) -> None:
     rows = []
     for name, preset in PRESETS.items():
         classes = f"{preset['initial_classes']}+{preset['increment']}"
-        keys = ("learning_rate", "batch_size", "epochs", "weight_decay")
-        rows.append([name, classes, *(f"{preset[key]:g}" for key in keys), _published(name)])
-    _print_table(["preset", "classes", "rate", "batch", "epochs", "decay", "published"], rows)
-
-
-def _published(preset: str) -> str:
-    if preset in PUBLISHED:
-        return "average {:.2f}, final {:.2f}".format(*PUBLISHED[preset])
-    if preset in PUBLISHED_TASK_MEANS:
-        return "task mean {:.2f}, forgetting {:.2f}".format(*PUBLISHED_TASK_MEANS[preset])
-    return "-"
+        keys = ("learning_rate", "batch_size", "epochs")
+        mean, final = PUBLISHED.get(name, (None, None))
+        if name in PUBLISHED_TASK_MEANS:
+            final, _forgetting = PUBLISHED_TASK_MEANS[name]
+        accuracies = ("-" if value is None else f"{value:.2f}" for value in (mean, final))
+        rows.append([name, classes, *(f"{preset[key]:g}" for key in keys), *accuracies])
+    _print_table(["preset", "classes", "rate", "batch", "epochs", "mean", "final"], rows)
 
 
 def _backbones(_: list[str]) -> None:

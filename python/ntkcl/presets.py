@@ -109,7 +109,7 @@ _LORAC: dict[str, tuple[str, int, int, float, float, float, float, float, dict[s
     "imagenet-r-moco-lorac": ("all", 16, 20, 0.01, 0.01, 1.0, 1.0, 0.0, {}),
     "domainnet-in21k": ("qkvo", 64, 50, 0.006, 0.0, 0.5, 1.0, 0.05, _NO_INFERENCE),
     "5-datasets-orig-in21k": ("qkvo", 4, 5, 0.01, 0.0, 10.0, 0.1, 0.05, {}),
-    "5-datasets-orig-in21k-no-inference": (
+    "5-datasets-orig-in21k-plain": (
         *("qkvo", 8, 5, 0.01, 0.0, 1.0, 1.0, 0.1),
         _NO_INFERENCE,
     ),

@@ -75,7 +75,7 @@ LORAC = {
     "imagenet-r-moco-lorac": (MOCO, 20, "all", 16, 20, 0.01, 0.01, 1, 1, 0, 2),
     "domainnet-in21k": (AUGREG, 69, "qkvo", 64, 50, 0.006, 0, 0.5, 1, 0.05, None),
     "5-datasets-orig-in21k": (ORIG, 10, "qkvo", 4, 5, 0.01, 0, 10, 0.1, 0.05, 4),
-    "5-datasets-orig-in21k-no-inference": (ORIG, 10, "qkvo", 8, 5, 0.01, 0, 1, 1, 0.1, None),
+    "5-datasets-orig-in21k-plain": (ORIG, 10, "qkvo", 8, 5, 0.01, 0, 1, 1, 0.1, None),
 }
 
 

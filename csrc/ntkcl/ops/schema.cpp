@@ -16,7 +16,7 @@
 //   6. ops/autograd.cpp   The autograd function, in one file for all as its header costs 10 s.
 //                         ops/autocast.cpp: what torch.autocast does to the arguments.
 //   7. ops/cuda_stub.cpp  The name, so that builds without CUDA give a clear error. An operator
-//                         made of torch's own skips 2, 5 and 7 (composed_linear; attention on CUDA).
+//                         made of torch's own skips 2, 5 and 7 (composed_linear; CUDA attention).
 //   8. python/ntkcl/ops.py, a sample in tests/python/test_ops.py, a case in benchmarks/ops.py.
 //
 // Types: float32, float64, bfloat16 (computed with as float32). Non-contiguous inputs are copied.
