@@ -215,7 +215,7 @@ def _presets(_: list[str]) -> None:
         if name in PUBLISHED_TASK_MEANS:
             final, _forgetting = PUBLISHED_TASK_MEANS[name]
         accuracies = ("-" if value is None else f"{value:.2f}" for value in (mean, final))
-        rows.append([name, classes, *(f"{preset[key]:g}" for key in keys), *accuracies])
+        rows.append([name, classes, *(f"{preset[key]:.4g}" for key in keys), *accuracies])
     _print_table(["preset", "classes", "rate", "batch", "epochs", "mean", "final"], rows)
 
 
@@ -252,4 +252,7 @@ def _print_table(head: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, no_wrap=column == 0)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width
+        console.width = 120
+    console.print(table)
