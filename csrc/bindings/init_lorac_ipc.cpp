@@ -5,6 +5,7 @@
 #include "ntkcl/methods/head_alignment.h"
 #include "ntkcl/methods/lorac_ipc/importance.h"
 #include "ntkcl/methods/lorac_ipc/orthogonality.h"
+#include "ntkcl/methods/lorac_ipc/test_features.h"
 #include "ntkcl/stats/cluster_gaussians.h"
 #include "ntkcl/stats/kmeans.h"
 
@@ -25,8 +26,6 @@ void init_importance(py::module_& m) {
       .def_property_readonly("mean", &ImportanceAverage::mean)
       .def_property_readonly("uncertainty", &ImportanceAverage::uncertainty)
       .def("score", &ImportanceAverage::score, "mean * uncertainty, (types, blocks).");
-  m.def("mean_importance", &methods::lorac_ipc::mean_importance, py::arg("weight"),
-        py::arg("gradient"), "mean |W * G| over the last two dimensions.");
   m.def(
       "freeze_important",
       [](const at::Tensor& mask, const at::Tensor& score, double threshold, bool of_new,
@@ -88,6 +87,8 @@ void init_lorac_ipc(py::module_& m) {
         return std::make_pair(clusters.centers, clusters.labels);
       },
       py::arg("x"), py::arg("centers"), py::arg("rounds") = 300, "Lloyd: centers, labels.");
+  m.def("votes", &methods::lorac_ipc::votes, py::arg("tasks"), py::arg("groups"),
+        "The most frequent task of each group, for its members: (n), (n) -> (n).");
   py::class_<ClusterGaussians>(m, "ClusterGaussians",
                                "Classes as Gaussians over features, for task inference.")
       .def(py::init<>())

@@ -9,6 +9,7 @@ import torch
 
 import golden
 from ntkcl import _C
+from ntkcl.ops import composed_linear
 
 DTYPES = [torch.float64, torch.float32]
 RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -568,6 +569,19 @@ def test_orthonormal_columns_cost_nothing(columns):
 # ---- Importance and selection ----
 
 
+def importance_of(weights, gradients):
+    """mean |W * G| of matrices (L, in, out) as a composed layer has it: y = I W, dL/dy = G."""
+    result = []
+    for w, gradient in zip(weights, gradients, strict=True):
+        eye, none = torch.eye(len(w), dtype=w.dtype), w.new_zeros(1, len(w), 1)
+        probe = w.new_zeros(1).requires_grad_()
+        y = composed_linear(eye, w.t()[None], None, none, w.new_zeros(1, 1, w.shape[1]), [0.0],
+                            composed=True, probe=probe)  # fmt: skip
+        y.backward(gradient)
+        result.append(probe.grad)
+    return torch.cat(result)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_importance_average(dtype):
     g = golden.load("lorac_ipc", "ipc")
@@ -575,7 +589,7 @@ def test_importance_average(dtype):
     for step in range(len(g["ema/importance"])):
         importance = torch.stack(
             [
-                _C.mean_importance(
+                importance_of(
                     g[f"ema/W.{kind}"][step].to(dtype), g[f"ema/G.{kind}"][step].to(dtype)
                 )
                 for kind in TYPES
@@ -701,11 +715,26 @@ def test_task_inference(dtype):
         check(g, f"after_task{t}/distance", distances, 1e-8)
         expected = g[f"after_task{t}/predicted_task"].long()
         assert torch.equal(distances.argmin(1) // per_task, expected)
+        check_predictions(g, t, expected, per_task, dtype)
     # The task is looked up by the class, not by its place (repair 12.4).
     classes = g["shuffled_order/classes"].long()
     nearest = inference(g, dtype, classes.flatten().tolist()).distances(tests.flatten(0, 1))
     task_of = torch.arange(len(tests)).repeat_interleave(per_task)
     assert torch.equal(task_of[nearest.argmin(1)], g["shuffled_order/predicted_task"].long())
+
+
+def check_predictions(g, t, tasks, per_task, dtype):
+    """Classes by the snapshot of each image, or by that of a vote of its test set."""
+    raw = g["test_features"][: t + 1].to(dtype).flatten(0, 1)
+    heads = g["snapshot_heads"].to(dtype)
+    true_task = torch.arange(t + 1).repeat_interleave(len(raw) // (t + 1))
+    for kind, chosen in (("per_sample", tasks), ("batch_wise", _C.votes(tasks, true_task))):
+        logits = torch.einsum("nc,nck->nk", raw, heads[chosen])
+        prefix = f"after_task{t}/{kind}/predicted_class"
+        assert torch.equal(logits.argmax(1), g[prefix].long())
+        if kind == "per_sample":
+            seen = logits[:, : (t + 1) * per_task].argmax(1)
+            assert torch.equal(seen, g[f"{prefix}_corrected"].long())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

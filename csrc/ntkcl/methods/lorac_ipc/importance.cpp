@@ -75,11 +75,6 @@ void ImportanceAverage::visit_state(const std::string& prefix, const StateFn& vi
   }
 }
 
-at::Tensor mean_importance(const at::Tensor& weight, const at::Tensor& gradient) {
-  const at::NoGradGuard no_grad;
-  return (weight * gradient).abs().mean({-2, -1});
-}
-
 at::Tensor freeze_important(const at::Tensor& mask, const at::Tensor& score,
                             const Selection& selection) {
   NTKCL_CHECK(mask.sizes() == score.sizes(), kWhere, "expected a mask of the score's shape ",

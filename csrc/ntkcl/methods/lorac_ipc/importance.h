@@ -33,9 +33,6 @@ class ImportanceAverage {
   at::Tensor mean_, uncertainty_;
 };
 
-// mean |W * G| over the last two dimensions.
-at::Tensor mean_importance(const at::Tensor& weight, const at::Tensor& gradient);
-
 struct Selection {
   double threshold = 0.05;     // share of the matrices that freezes after each task; 0: none
   bool of_new = false;         // share of the matrices of non-zero score instead (`new_mask`)
