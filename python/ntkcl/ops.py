@@ -99,7 +99,7 @@ def composed_linear(
     old_down: torch.Tensor | None = None,
     old_up: torch.Tensor | None = None,
     omega: torch.Tensor | None = None,
-    omega_scale: Sequence[float] = (),
+    omega_scale: Sequence[float] | None = None,
     composed: bool = False,
     probe: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -110,9 +110,9 @@ def composed_linear(
 
     ``W_j^T = weight_j^T + omega_scale[j] * sum_i omega[j, i] A_ji B_ji + scale[j] * A_j B_j``
 
-    The weight is composed once, so the cost of a pass does not grow with the number of modules;
-    gradients of the modules go through ``x A`` and ``dy B^T`` and need no gradient of the weight,
-    unless that is cheaper.
+    What is computed of x does not grow with the number of modules, as the weight is composed first;
+    composing it and the gradient of omega do. Gradients of the modules go through ``x A`` and
+    ``dy B^T``, or through the gradient of the weight where that is cheaper.
 
     Args:
         x: (..., in), float32, float64 or bfloat16.
@@ -124,7 +124,8 @@ def composed_linear(
         old_down: (g, in, t*r), A of the old modules side by side; a constant.
         old_up: (g, t*r, out), B of the old modules; a constant.
         omega: (g, t), their weights.
-        omega_scale: g numbers; where 0, the old modules take no part (they may be in the weight).
+        omega_scale: g numbers, 1 by default; where 0, the old modules take no part (they may be in
+            the weight).
         composed: Whether ``weight`` already holds the modules.
         probe: (g), any numbers: with a gradient required, its gradient is no derivative but the
             importance ``mean |W_j * dL/dW_j|`` of each matrix.
@@ -138,6 +139,8 @@ def composed_linear(
 
     Source: LoRAC-IPC (arXiv 2504.13407): the composition, and the importance of a matrix.
     """
+    if omega_scale is None:
+        omega_scale = [1.0] * len(weight) if omega is not None else []
     y: torch.Tensor = torch.ops.ntkcl.composed_linear(
         x,
         weight,

@@ -286,6 +286,7 @@ def test_training_steps(case, dtype):
         placement,
         variant,
         rank=c["rank"],
+        ipc_threshold=0.5,  # importance is measured; nothing is selected here
         omega_lr_factor=g["omega_lr_scale"].item(),
         **{"lambda": strength},
     )

@@ -710,6 +710,10 @@ def test_composed_linear_errors():
         ({"omega": random(3, 2)}, r"expected old_down of shape \[3, 24, 4\], got \[3, 24, 6\]"),
         ({"bias": random(3)}, r"expected bias of shape \[72\], got \[3\]"),
         ({"probe": random(2)}, r"expected probe of shape \[3\], got \[2\]"),
+        (
+            {"old_up": good["old_up"].clone().requires_grad_()},
+            "expected old_down and old_up that require no gradient",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             composed_linear(**{**good, **change})
@@ -743,6 +747,8 @@ def operator_samples(device="cpu"):
                     if not isinstance(value, list)
                 ]
                 x, weight, bias, down, up, old_down, old_up, omega = leaves
+                if old_down is not None:
+                    old_down, old_up = old_down.detach(), old_up.detach()
                 scales = [[1.0] * size[1], [0.5] * size[1] if size[-1] else []]
                 old = (old_down, old_up, omega)
                 yield (

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/nn/frozen_mlp.h"
 #include "ntkcl/optim/optimizer.h"
 #include "ntkcl/optim/schedule.h"
 #include "ntkcl/stats/kmeans.h"
@@ -15,7 +16,6 @@ namespace {
 
 constexpr const char* kWhere = "head_alignment";
 constexpr double kVarianceFloor = 1e-4;
-constexpr double kLayerNormEps = 1e-6;
 
 // Numbers of the draws of clusters that are drawn from, in order.
 at::Tensor usable_draws(const FeatureClusters& clusters, int64_t rows) {
@@ -27,7 +27,7 @@ at::Tensor usable_draws(const FeatureClusters& clusters, int64_t rows) {
 at::Tensor logits_of(const Head& head, const at::Tensor& features, int64_t seen) {
   at::Tensor x = features;
   if (head.norm_weight.defined()) {
-    x = at::layer_norm(x, {x.size(1)}, head.norm_weight, head.norm_bias, kLayerNormEps);
+    x = at::layer_norm(x, {x.size(1)}, head.norm_weight, head.norm_bias, nn::kLayerNormEps);
   }
   return at::linear(x, head.weight.narrow(0, 0, seen), head.bias.narrow(0, 0, seen));
 }

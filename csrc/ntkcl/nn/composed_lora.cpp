@@ -14,14 +14,25 @@ namespace {
 
 constexpr const char* kWhere = "lora";
 
-// (L, g, out, in) of one group of the transformer's matrices.
-at::Tensor pretrained_of(const VisionTransformer& vit, int64_t blocks, at::ScalarType type,
-                         const std::function<at::Tensor(const BlockTensors&)>& matrices) {
+// One kind's matrices in every block, (L, g, out, in).
+at::Tensor pretrained_of(const VisionTransformer& vit, int64_t blocks, LoraGroup::Kind kind) {
   std::vector<at::Tensor> of_block;
   for (int64_t l = 0; l < blocks; ++l) {
-    of_block.push_back(matrices(vit.weights(l)).to(type));
+    const BlockTensors w = vit.weights(l);
+    switch (kind) {
+      case LoraGroup::Kind::kAttention:
+        of_block.push_back(
+            at::cat({w.qkv.view({3, vit.width(), vit.width()}), w.proj.unsqueeze(0)}));
+        break;
+      case LoraGroup::Kind::kFc1:
+        of_block.push_back(w.fc1.unsqueeze(0));
+        break;
+      case LoraGroup::Kind::kFc2:
+        of_block.push_back(w.fc2.unsqueeze(0));
+    }
   }
-  return at::stack(of_block);
+  // Modules and what is composed of them are in the type of all that is trained.
+  return at::stack(of_block).to(vit.options());
 }
 
 // Of matrices first .. first + count of a block's group; what the graph sees of it.
@@ -79,24 +90,14 @@ ComposedLora::ComposedLora(const VisionTransformer& vit, bool mlp, int64_t block
   NTKCL_CHECK(1 <= rank && rank <= vit.width(), kWhere,
               "'rank': expected 1 to the smaller side of the matrices, ", vit.width(), ", got ",
               rank);
-  // Modules and what is composed of them are in the type of all that is trained.
-  const at::ScalarType type = vit.options().dtype().toScalarType();
-  const int64_t c = vit.width();
-  groups_.push_back(
-      {.first_type = 0, .pretrained = pretrained_of(vit, blocks, type, [&](const BlockTensors& w) {
-                          return at::cat({w.qkv.view({3, c, c}), w.proj.unsqueeze(0)});
-                        })});
+  using Kind = LoraGroup::Kind;
+  groups_.push_back({.kind = Kind::kAttention, .name = "attention", .first_type = 0});
   if (mlp) {
-    groups_.push_back(
-        {.first_type = 4, .pretrained = pretrained_of(vit, blocks, type, [](const BlockTensors& w) {
-                            return w.fc1.unsqueeze(0);
-                          })});
-    groups_.push_back(
-        {.first_type = 5, .pretrained = pretrained_of(vit, blocks, type, [](const BlockTensors& w) {
-                            return w.fc2.unsqueeze(0);
-                          })});
+    groups_.push_back({.kind = Kind::kFc1, .name = "fc1", .first_type = 4});
+    groups_.push_back({.kind = Kind::kFc2, .name = "fc2", .first_type = 5});
   }
   for (LoraGroup& group : groups_) {
+    group.pretrained = pretrained_of(vit, blocks, group.kind);
     const int64_t g = group.types(), out = group.pretrained.size(2), in = group.pretrained.size(3);
     const auto zeros = [&](at::IntArrayRef sizes) { return at::zeros(sizes, vit.options()); };
     group.down = zeros({blocks, g, in, rank});
@@ -165,13 +166,17 @@ void ComposedLora::train(const at::Tensor& current, const at::Tensor& old) {
     constants.scale = scale.to(group.down.options());
     constants.omega_scale = omega_scale.to(group.down.options());
     // What is not trained is merged: W0 + s sum_i omega_i A_i B_i.
+    const bool merges = group.modules() > 0 && old.eq(0).any().item<bool>();
     const at::Tensor merged = 1.0 / static_cast<double>(rank_) - constants.omega_scale;
-    constants.weight =
-        ops::compose_weight(group.pretrained.flatten(0, 1),
-                            {.old_down = group.old_down.flatten(0, 1),
-                             .old_up = group.old_up.flatten(0, 1),
-                             .omega = (group.omega * merged.unsqueeze(2)).flatten(0, 1)})
-            .view_as(group.pretrained);
+    constants.weight = group.pretrained;
+    if (merges) {
+      constants.weight =
+          ops::compose_weight(group.pretrained.flatten(0, 1),
+                              {.old_down = group.old_down.flatten(0, 1),
+                               .old_up = group.old_up.flatten(0, 1),
+                               .omega = (group.omega * merged.unsqueeze(2)).flatten(0, 1)});
+      constants.weight = constants.weight.view_as(group.pretrained);
+    }
     constants_.push_back(std::move(constants));
   }
 }
@@ -218,9 +223,9 @@ std::vector<BlockProducts> ComposedLora::products(const at::Tensor& probes) cons
         return s;
       };
       BlockProducts& of_block = products[l];
-      if (group.first_type == 4) {
+      if (group.kind == LoraGroup::Kind::kFc1) {
         of_block.fc1 = product_of(slice(biases.fc1));
-      } else if (group.first_type == 5) {
+      } else if (group.kind == LoraGroup::Kind::kFc2) {
         of_block.fc2 = product_of(slice(biases.fc2));
       } else {
         const Slice attention = slice(at::cat({biases.qkv, biases.proj}));
@@ -253,9 +258,9 @@ std::vector<BlockTensors> ComposedLora::merged(const std::vector<at::Tensor>& om
     for (int64_t l = 0; l < blocks(); ++l) {
       BlockTensors& of_block = blocks_of[static_cast<size_t>(l)];
       const at::Tensor own = weight[l];
-      if (group.first_type == 4) {
+      if (group.kind == LoraGroup::Kind::kFc1) {
         of_block.fc1 = own[0];
-      } else if (group.first_type == 5) {
+      } else if (group.kind == LoraGroup::Kind::kFc2) {
         of_block.fc2 = own[0];
       } else {
         of_block.qkv = own.narrow(0, 0, 3).flatten(0, 1);

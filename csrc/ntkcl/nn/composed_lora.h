@@ -14,6 +14,10 @@ inline constexpr std::array<const char*, 6> kMatrixTypes{"q", "k", "v", "o", "f1
 // The modules of matrices of one shape in the first L blocks: q, k, v and o together (g = 4), fc1
 // or fc2 (g = 1). Tensors of many blocks are stacked, so that an optimiser sees few of them.
 struct LoraGroup {
+  enum class Kind { kAttention, kFc1, kFc2 };
+
+  Kind kind = Kind::kAttention;
+  const char* name = "";    // "attention", "fc1", "fc2"
   int64_t first_type = 0;   // place of its first in kMatrixTypes
   at::Tensor pretrained{};  // (L, g, out, in) W0
   at::Tensor down{}, up{};  // (L, g, in, r), (L, g, r, out): A_t, B_t of the current module

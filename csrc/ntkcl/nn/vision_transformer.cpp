@@ -214,6 +214,11 @@ VisionTransformer VisionTransformer::to(at::ScalarType dtype, at::Device device,
   }
   copy.split_last_projection();
   copy.packed_ = false;
+  if (given_.empty()) {
+    for (int64_t l = 0; l < depth(); ++l) {
+      copy.given_.push_back(weights(l));
+    }
+  }
   return copy;
 }
 
@@ -260,6 +265,7 @@ VisionTransformer VisionTransformer::with_weights(const std::vector<BlockTensors
     put(copy.blocks_[l].mlp.fc2, weights[l].fc2);
   }
   copy.split_last_projection();
+  copy.given_.clear();
   return packed_ ? copy.packed() : copy;
 }
 
@@ -276,7 +282,11 @@ at::ScalarType VisionTransformer::product_type() const {
 }
 
 BlockTensors VisionTransformer::weights(int64_t block) const {
-  const Block& b = blocks_[static_cast<size_t>(block)];
+  const auto l = static_cast<size_t>(block);
+  if (!given_.empty()) {
+    return given_[l];
+  }
+  const Block& b = blocks_[l];
   return {b.qkv.weight, b.proj.weight, b.mlp.fc1.weight, b.mlp.fc2.weight};
 }
 

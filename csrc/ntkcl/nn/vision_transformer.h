@@ -88,6 +88,7 @@ class VisionTransformer {
   int64_t tokens() const { return position_.size(1); }
   at::TensorOptions options() const { return position_.options(); }
   at::ScalarType product_type() const;
+  // As they were given, whatever `products` rounds them to.
   BlockTensors weights(int64_t block) const;
   BlockTensors biases(int64_t block) const;
 
@@ -125,6 +126,7 @@ class VisionTransformer {
   int64_t width_ = 0, heads_ = 0, patch_size_ = 0, image_size_ = 0;
   at::Tensor patch_weight_, patch_bias_, class_token_, position_, norm_weight_, norm_bias_;
   std::vector<Block> blocks_;
+  std::vector<BlockTensors> given_;  // matrices before `to`; empty: those of the blocks
   bool packed_ = false;
 };
 

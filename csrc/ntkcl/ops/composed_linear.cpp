@@ -63,6 +63,9 @@ void check_modules(const at::Tensor& weight, const LowRankModules& m) {
     check_shape("old_down", *m.old_down, {g, in, modules * rank});
     check_shape("old_up", *m.old_up, {g, modules * rank, out});
     check_like(kOp, "old_down", *m.old_down, "down", m.down);
+    NTKCL_OP_CHECK(!m.old_down->requires_grad() && !m.old_up->requires_grad(), kOp,
+                   "expected old_down and old_up that require no gradient: old modules are "
+                   "constants");
     check_like(kOp, "old_up", *m.old_up, "down", m.down);
     check_like(kOp, "omega", *m.omega, "down", m.down);
     check_scales("omega_scale", m.omega_scale, g);

@@ -14,7 +14,7 @@ namespace ntkcl::ops {
 //
 //   W_j = W0_j + omega_scale[j] sum_i omega[j, i] A_ji B_ji + scale[j] A_j B_j
 //
-// A part whose scale is 0 takes no part, and costs nothing.
+// A part whose scale is 0 takes no part, and its gradients cost nothing.
 struct LowRankModules {
   at::Tensor down;                          // (g, in, r)     A
   at::Tensor up;                            // (g, r, out)    B
@@ -34,11 +34,12 @@ struct LowRankModules {
 //   probe    (g) of the modules' type, or none; see below
 //   ->       (..., g*out) of x's type
 //
-// x, weight, bias, down, up and omega are differentiable. No gradient but that of the weight needs
-// a matrix of the weight's size; the cheaper way is taken, with n rows of x:
+// x, weight, bias, down, up and omega are differentiable; old modules are constants. For the
+// gradients of the modules the cheaper of two ways is taken, with n rows of x and c = 2 r + t r
+// columns:
 //
 //   dA = scale x^T (dy B^T),   dB = scale (x A)^T dy,   domega_i = omega_scale <x A_i, dy B_i^T>
-//   or from G = dy^T x, where n (in + out) times the rank exceeds n in out
+//   or from G = dy^T x, where n c (in + out) exceeds n in out + c in out
 //
 // Note: what `probe` gets as its gradient is no derivative but mean |W * G|, the importance of each
 // matrix (specification section 4), reduced where G is at hand. Its values are not read.

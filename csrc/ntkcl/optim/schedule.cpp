@@ -48,7 +48,9 @@ double schedule_learning_rates(Optimizer& optimizer, const ScheduleOptions& opti
   const auto& groups = optimizer.groups();
   for (size_t g = 0; g < groups.size(); ++g) {
     const double peak = base * groups[g].learning_rate_scale;
-    optimizer.set_learning_rate(g, learning_rate_at(options, peak, epoch, epochs));
+    ScheduleOptions own = options;
+    own.min_learning_rate = std::min(options.min_learning_rate, peak);
+    optimizer.set_learning_rate(g, learning_rate_at(own, peak, epoch, epochs));
   }
   return learning_rate_at(options, base, epoch, epochs);
 }

@@ -39,7 +39,8 @@ struct ScheduleOptions {
 double learning_rate_at(const ScheduleOptions& options, double base, int64_t epoch, int64_t epochs);
 
 // Sets the rate of every group to that of a schedule from base times the group's
-// learning_rate_scale; all groups share the floor. Returns the rate for scale 1.
+// learning_rate_scale; all groups share the floor, but one whose rate lies below it already keeps
+// that. Returns the rate for scale 1.
 double schedule_learning_rates(Optimizer& optimizer, const ScheduleOptions& options, double base,
                                int64_t epoch, int64_t epochs);
 

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "ntkcl/core/error.h"
@@ -32,6 +33,10 @@ void ClusterGaussians::add_class(const at::Tensor& rows, const at::Tensor& label
     clusters.push_back(fit(own));
   }
   classes_.push_back(std::move(clusters));
+}
+
+void ClusterGaussians::keep(int64_t count) {
+  classes_.resize(static_cast<size_t>(std::min(count, classes())));
 }
 
 ClusterGaussians::Cluster ClusterGaussians::fit(const at::Tensor& rows) {

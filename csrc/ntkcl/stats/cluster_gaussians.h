@@ -19,12 +19,16 @@ namespace ntkcl::stats {
 //
 //   distance = (|g|^2 - |L^-1 U g|^2) / delta
 //
-// and U may be any matrix of the same U^T U: the R factor of its QR, which holds no image.
+// and U may be any matrix of the same U^T U: the R factor of its QR, which holds no row of a
+// cluster of more than two.
 class ClusterGaussians {
  public:
   // A class of rows (n, C) and their clusters (n), int64 from 0 to k - 1, each with a row. A
   // cluster of one row has covariance 0 (repair 12.5).
   void add_class(const at::Tensor& rows, const at::Tensor& labels);
+
+  // Forgets the classes from `count` on.
+  void keep(int64_t count);
 
   int64_t classes() const { return static_cast<int64_t>(classes_.size()); }
   // features (b, C) -> squared distances to the classes (b, classes - first), in the order of

@@ -57,7 +57,7 @@ struct TrainOptions {
       "the faster float32 GEMM library where a probe shows that it computes in float32; default: "
       "torch's own choice");
     v("recompute", recompute, anything(),
-      "keep less for the backward pass and compute the activations of the backbone's MLPs anew: "
+      "keep less for the backward pass and compute the activations of MLPs without LoRA anew: "
       "about half the memory of a step for a tenth more time");
     optimizer.visit(v);
     schedule.visit(v);

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "ntkcl/core/error.h"
@@ -15,15 +16,18 @@ namespace {
 
 constexpr const char* kWhere = "lorac-ipc";
 constexpr double kHeadDeviation = 0.02;  // of the head's first weights
-constexpr int64_t kImportanceWindow = 128;
+constexpr double kForgotten = 1e-9;      // share of an importance that may be left out
 
 // (L, g) of a table (types, L), in the tensors' type.
 at::Tensor of_group(const at::Tensor& table, const nn::LoraGroup& group) {
   return table.narrow(0, group.first_type, group.types()).t().to(group.down.options());
 }
 
-std::string name_of(const nn::LoraGroup& group) {
-  return group.first_type == 0 ? "attention" : group.first_type == 4 ? "fc1" : "fc2";
+enum MatrixType { kQuery, kKey };  // places in nn::kMatrixTypes
+
+Head copy_of(const Head& head) {
+  const auto copy = [](const at::Tensor& t) { return t.defined() ? t.detach().clone() : t; };
+  return {copy(head.weight), copy(head.bias), copy(head.norm_weight), copy(head.norm_bias)};
 }
 
 }  // namespace
@@ -31,9 +35,15 @@ std::string name_of(const nn::LoraGroup& group) {
 LoracIpc::LoracIpc(Options options, const nn::VisionTransformer& vit, int64_t tasks)
     : options_(std::move(options)),
       vit_(vit),
+      tasks_(tasks),
       lora_(vit, options_.placement == "all",
             options_.lora_depth > 0 ? options_.lora_depth : vit.depth(), options_.rank) {
   mask_ = at::ones({lora_.types(), lora_.blocks()}, at::kDouble);
+  NTKCL_CHECK(options_.selection != "release" || options_.new_mask || options_.ipc_threshold == 0 ||
+                  std::floor(static_cast<double>(mask_.numel()) * options_.ipc_threshold) >= 1,
+              kWhere, "'ipc_threshold': the released selection cannot freeze 0 of ", mask_.numel(),
+              " matrices: expected 0 or at least 1 / ", mask_.numel(), ", got ",
+              options_.ipc_threshold);
   for (const nn::LoraGroup& group : lora_.groups()) {
     bank_.push_back(at::zeros({lora_.blocks(), group.types(), tasks, tasks}, vit.options()));
   }
@@ -43,6 +53,7 @@ LoracIpc::LoracIpc(Options options, const nn::VisionTransformer& vit, int64_t ta
     head_.norm_weight = at::ones({c}, vit.options());
     head_.norm_bias = at::zeros({c}, vit.options());
   }
+  trained_head_ = head_;
   task_sizes_ = at::zeros({0}, at::kLong);
   class_ids_ = at::zeros({0}, at::kLong);
   clusters_ = {at::zeros({0, options_.alignment_clusters, c}, vit.options()),
@@ -55,20 +66,24 @@ std::vector<optim::ParameterGroup> LoracIpc::before_task(TaskServices& services)
   const TaskInfo& task = services.task();
   training_ = {};
   training_.task = task;
+  recent_ = {};
   class_ids_ = at::tensor(task.class_ids, at::kLong);
   if (head_.weight.size(0) < task.n_classes()) {
     initialise_head(task.n_classes(), services.random());
   }
-  if (trained_head_weight_.defined()) {
-    head_.weight.copy_(trained_head_weight_);
-    head_.bias.copy_(trained_head_bias_);
+  if (trained_head_.weight.size(0) > 0) {
+    head_ = copy_of(trained_head_);
   }
   begin_module(task, services.random());
   if (options_.ipc_threshold > 0) {
     training_.importance.emplace(options_.importance_decay, options_.uncertainty_decay);
   }
+  return parameters();
+}
 
-  // Only the current module, the old weights and the task's rows of the head move (section 9.5).
+// Only the current module, the old weights and the task's rows of the head move (section 9.5).
+std::vector<optim::ParameterGroup> LoracIpc::parameters() {
+  const TaskInfo& task = training_.task;
   training_.head_weight = head_.weight.narrow(0, task.n_old, task.n_new).detach();
   training_.head_bias = head_.bias.narrow(0, task.n_old, task.n_new).detach();
   optim::ParameterGroup modules{.name = "lora",
@@ -110,7 +125,7 @@ void LoracIpc::begin_module(const TaskInfo& task, RandomSource& random) {
   for (const nn::LoraGroup& group : lora_.groups()) {
     const at::NoGradGuard no_grad;
     training_.penalties.emplace_back(group.old_down.flatten(0, 1));
-    training_.unfrozen.push_back(of_group(mask_, group) * options_.lambda);
+    training_.unfrozen.push_back(of_group(mask_, group));
   }
   lora_.begin([&](int64_t type, int64_t block, at::IntArrayRef sizes) {
     return random.uniform({"lora.down", task.index, 0, type, block}, sizes, -bound, bound,
@@ -122,7 +137,7 @@ void LoracIpc::begin_module(const TaskInfo& task, RandomSource& random) {
 at::Tensor LoracIpc::current_mask() const {
   at::Tensor current = mask_.clone();
   if (options_.k_mask == "query") {  // 12.1
-    current[1] = mask_[0];
+    current[kKey] = mask_[kQuery];
   }
   return current;
 }
@@ -132,12 +147,16 @@ bool LoracIpc::measures(const StepInfo& step) const {
     return false;
   }
   const bool all = options_.importance_window == 0 && head_.weight.scalar_type() == at::kDouble;
-  if (all || step.steps == 0) {
-    return true;
+  return all || step.steps == 0 || step.step >= step.steps - importance_window();
+}
+
+// The share of a step in a running mean, after k more, is at most decay^k.
+int64_t LoracIpc::importance_window() const {
+  if (options_.importance_window > 0) {
+    return options_.importance_window;
   }
-  const int64_t window =
-      options_.importance_window > 0 ? options_.importance_window : kImportanceWindow;
-  return step.step >= step.steps - window;
+  const double decay = std::max(options_.importance_decay, options_.uncertainty_decay);
+  return decay > 0 ? static_cast<int64_t>(std::ceil(std::log(kForgotten) / std::log(decay))) : 1;
 }
 
 Losses LoracIpc::gradients(const Batch& batch, const StepInfo& step, TaskServices&) {
@@ -182,8 +201,8 @@ at::Tensor LoracIpc::penalise() const {
     const at::Tensor gradient =
         result.gradient.view_as(group.down) * unfrozen.unsqueeze(2).unsqueeze(3);
     at::Tensor& grad = group.down.mutable_grad();
-    grad = grad.defined() ? grad.add_(gradient) : gradient;
-    total = total + (result.values * unfrozen.ne(0).flatten()).sum();
+    grad = grad.defined() ? grad.add_(gradient, options_.lambda) : gradient * options_.lambda;
+    total = total + (result.values * unfrozen.flatten()).sum();
   }
   return total;
 }
@@ -191,7 +210,10 @@ at::Tensor LoracIpc::penalise() const {
 // ---- After training ----
 
 std::vector<std::string> LoracIpc::stages(const TaskInfo& task) const {
-  std::vector<std::string> stages{"freezing", "statistics"};
+  std::vector<std::string> stages{"freezing"};
+  if (options_.alignment || infers()) {
+    stages.push_back("statistics");
+  }
   if (options_.alignment && !task.first()) {
     stages.push_back("alignment");
   }
@@ -216,13 +238,14 @@ void LoracIpc::freeze() {
   for (size_t i = 0; i < bank_.size(); ++i) {
     bank_[i].select(2, t).narrow(2, 0, t + 1).copy_(lora_.groups()[i].omega);
   }
-  if (training_.importance) {
+  // Without a score where no step was measured: all images of the last ones were corrupt.
+  if (training_.importance && training_.importance->score().defined()) {
     mask_ = freeze_important(mask_, training_.importance->score(),
                              {.threshold = options_.ipc_threshold,
                               .of_new = options_.new_mask,
                               .rule = options_.selection});
-    training_.importance.reset();
   }
+  training_.importance.reset();
   if (trains_norm()) {
     first_ = {};
   }
@@ -232,45 +255,72 @@ void LoracIpc::freeze() {
 void LoracIpc::gather_statistics(TaskServices& services) {
   const TaskInfo& task = services.task();
   std::vector<at::Tensor> own, first, labels;
+  const bool same = task.first() && options_.alignment && infers();
   services.for_each_image("statistics", [&](const Batch& batch) {
-    own.push_back(features(task.index, batch.images));
-    first.push_back(task.first() ? own.back() : features(0, batch.images));
+    if (options_.alignment) {
+      own.push_back(features(task.index, batch.images));
+    }
+    if (infers()) {
+      first.push_back(same ? own.back() : features(0, batch.images));
+    }
     labels.push_back(batch.labels);
   });
-  NTKCL_CHECK(!own.empty(), "data", "task ", task.index,
+  NTKCL_CHECK(!labels.empty(), "data", "task ", task.index,
               ": expected at least one readable training image, got none");
-  const at::Tensor own_rows = at::cat(own), first_rows = directions(at::cat(first));
+  std::vector<at::Tensor> rows_of;  // of each new class
   const at::Tensor all_labels = at::cat(labels);
-  const int64_t k = options_.alignment_clusters;
-  std::vector<at::Tensor> means, variances;
   for (int64_t c = task.n_old; c < task.n_seen(); ++c) {
-    services.progress("clusters", c - task.n_old, task.n_new);
-    const at::Tensor rows = all_labels.eq(c).nonzero().squeeze(1);
-    NTKCL_CHECK(rows.size(0) > 0, "data", "class ", class_ids_[c].item<int64_t>(),
+    rows_of.push_back(all_labels.eq(c).nonzero().squeeze(1));
+    NTKCL_CHECK(rows_of.back().size(0) > 0, "data", "class ", class_ids_[c].item<int64_t>(),
                 ": expected at least one readable training image, got none");
-    if (options_.inference != "none") {
-      const at::Tensor x = first_rows.index_select(0, rows);
-      gaussians_.add_class(x, cluster(x, options_.inference_clusters,
-                                      {"inference.clusters", task.index, 0, c}, services.random()));
-    }
-    if (options_.alignment) {
-      const at::Tensor x = own_rows.index_select(0, rows);
-      const at::Tensor of =
-          cluster(x, k, {"alignment.clusters", task.index, 0, c}, services.random());
-      const auto [mean, variance] = cluster_moments(x, of, of.max().item<int64_t>() + 1);
-      // Clusters that a small class does not have are never drawn from.
-      const auto padded = [&](const at::Tensor& moments) {
-        return at::constant_pad_nd(moments, {0, 0, 0, k - moments.size(0)});
-      };
-      means.push_back(padded(mean));
-      variances.push_back(padded(variance));
-    }
+  }
+  if (infers()) {
+    add_gaussians(nn::unit_rows(at::cat(first)), rows_of, services);
   }
   if (options_.alignment) {
-    clusters_.means = at::cat({clusters_.means.narrow(0, 0, task.n_old), at::stack(means)});
-    clusters_.variances =
-        at::cat({clusters_.variances.narrow(0, 0, task.n_old), at::stack(variances)});
+    add_clusters(at::cat(own), rows_of, services);
   }
+}
+
+// Section 6.
+void LoracIpc::add_gaussians(const at::Tensor& rows, const std::vector<at::Tensor>& rows_of,
+                             TaskServices& services) {
+  const TaskInfo& task = services.task();
+  gaussians_.keep(task.n_old);
+  for (int64_t c = task.n_old; c < task.n_seen(); ++c) {
+    services.progress("task inference", c - task.n_old, task.n_new);
+    const at::Tensor x = rows.index_select(0, rows_of[static_cast<size_t>(c - task.n_old)]);
+    const at::Tensor of = cluster(x, options_.inference_clusters,
+                                  {"inference.clusters", task.index, 0, c}, services.random());
+    NTKCL_CHECK(options_.small_clusters != "error" || at::bincount(of).gt(1).all().item<bool>(),
+                kWhere, "class ", class_ids_[c].item<int64_t>(),
+                ": expected at least two images in each of ", options_.inference_clusters,
+                " clusters, got a cluster of one; small_clusters = shrink allows it");
+    gaussians_.add_class(x, of);
+  }
+}
+
+// Section 7.
+void LoracIpc::add_clusters(const at::Tensor& rows, const std::vector<at::Tensor>& rows_of,
+                            TaskServices& services) {
+  const TaskInfo& task = services.task();
+  const int64_t k = options_.alignment_clusters;
+  std::vector<at::Tensor> means{clusters_.means.narrow(0, 0, task.n_old)};
+  std::vector<at::Tensor> variances{clusters_.variances.narrow(0, 0, task.n_old)};
+  for (int64_t c = task.n_old; c < task.n_seen(); ++c) {
+    services.progress("clusters", c - task.n_old, task.n_new);
+    const at::Tensor x = rows.index_select(0, rows_of[static_cast<size_t>(c - task.n_old)]);
+    const at::Tensor of =
+        cluster(x, k, {"alignment.clusters", task.index, 0, c}, services.random());
+    const auto [mean, variance] = cluster_moments(x, of, of.max().item<int64_t>() + 1);
+    // Clusters that a small class does not have are never drawn from.
+    const auto padded = [&](const at::Tensor& moments) {
+      return at::constant_pad_nd(moments, {0, 0, 0, k - moments.size(0)}).unsqueeze(0);
+    };
+    means.push_back(padded(mean));
+    variances.push_back(padded(variance));
+  }
+  clusters_ = {at::cat(means), at::cat(variances)};
 }
 
 at::Tensor LoracIpc::cluster(const at::Tensor& rows, int64_t clusters, const Draw& draw,
@@ -283,21 +333,14 @@ at::Tensor LoracIpc::cluster(const at::Tensor& rows, int64_t clusters, const Dra
               " images for as many clusters, got ", rows.size(0),
               "; with small_clusters = shrink it has fewer clusters");
   const at::Tensor draws = random.uniform(draw, {clusters}, 0.0, 1.0, at::kDouble);
-  const stats::Clusters found = stats::kmeans(rows, stats::kmeans_plus_plus(rows, draws));
-  NTKCL_CHECK(
-      options_.small_clusters != "error" || at::bincount(found.labels).gt(1).all().item<bool>(),
-      kWhere, "class ", class_ids_[draw.list].item<int64_t>(),
-      ": expected at least two images in each of ", clusters,
-      " clusters, got a cluster of one; small_clusters = shrink allows it");
-  return found.labels;
+  return stats::kmeans(rows, stats::kmeans_plus_plus(rows, draws)).labels;
 }
 
 void LoracIpc::align(TaskServices& services) {
   const TaskInfo& task = services.task();
   services.evaluate("before alignment");
   if (!options_.train_aligned_head) {
-    trained_head_weight_ = head_.weight.clone();
-    trained_head_bias_ = head_.bias.clone();
+    trained_head_ = copy_of(head_);
   }
   RandomSource& random = services.random();
   const AlignmentDraws draws{
@@ -323,33 +366,30 @@ void LoracIpc::align(TaskServices& services) {
 
 // ---- Inference ----
 
-const nn::VisionTransformer& LoracIpc::snapshot(int64_t task) const {
+std::shared_ptr<const nn::VisionTransformer> LoracIpc::snapshot(int64_t task) const {
   NTKCL_CHECK(0 <= task && task <= last_task(), kWhere, "expected a finished task, got ", task,
               " of ", task_sizes_.size(0));
+  const std::lock_guard lock(snapshots_);
   Snapshot& kept = task == 0 ? first_ : recent_;
   if (kept.task != task) {
+    kept = {};  // before another takes its place in memory
     std::vector<at::Tensor> omega;
     for (const at::Tensor& bank : bank_) {
       omega.push_back(bank.select(2, task).narrow(2, 0, task + 1));
     }
-    kept.vit.reset();  // before another takes its place in memory
-    kept.vit = vit_.with_weights(lora_.merged(omega));
+    nn::VisionTransformer vit = vit_.with_weights(lora_.merged(omega));
     if (trains_norm()) {
-      kept.vit = kept.vit->with_final_norm(head_.norm_weight, head_.norm_bias);
+      vit = vit.with_final_norm(head_.norm_weight, head_.norm_bias);
     }
-    kept.task = task;
+    kept = {task, std::make_shared<const nn::VisionTransformer>(std::move(vit))};
   }
-  return *kept.vit;
+  return kept.vit;
 }
 
 at::Tensor LoracIpc::features(int64_t task, const at::Tensor& images) const {
   const at::NoGradGuard no_grad;
-  const nn::VisionTransformer& vit = snapshot(task);
-  return nn::plain_pass(vit, vit.prefix(images));
-}
-
-at::Tensor LoracIpc::directions(const at::Tensor& features) {
-  return nn::unit_rows(features);
+  const auto vit = snapshot(task);
+  return nn::plain_pass(*vit, vit->prefix(images));
 }
 
 int64_t LoracIpc::n_seen() const {
@@ -357,34 +397,40 @@ int64_t LoracIpc::n_seen() const {
 }
 
 at::Tensor LoracIpc::logits(const at::Tensor& features) const {
-  const int64_t classes = options_.mask_unseen || options_.inference == "none"
-                              ? n_seen()
-                              : head_.weight.size(0);  // 12.3
+  const int64_t classes =
+      options_.mask_unseen || !infers() ? n_seen() : head_.weight.size(0);  // 12.3
   return at::linear(features, head_.weight.narrow(0, 0, classes).detach(),
                     head_.bias.narrow(0, 0, classes).detach());
 }
 
-at::Tensor LoracIpc::tasks_of(const at::Tensor& classes) const {
-  const at::Tensor task_of = at::repeat_interleave(task_sizes_);  // (n_seen)
-  const at::Tensor numbers = classes.cpu();
+at::Tensor LoracIpc::tasks_of_numbers(const at::Tensor& classes) const {
+  return at::repeat_interleave(task_sizes_).index_select(0, classes.cpu());
+}
+
+at::Tensor LoracIpc::tasks_of(const at::Tensor& nearest) const {
   if (options_.class_lookup == "class") {
-    return task_of.index_select(0, numbers);
+    return tasks_of_numbers(nearest);
   }
   // 12.4: a place among the classes seen is taken for the data set's class. One that is not learned
   // yet has the newest snapshot.
   at::Tensor by_id = at::full_like(class_ids_, last_task());
-  by_id.index_copy_(0, class_ids_.narrow(0, 0, n_seen()), task_of);
-  return by_id.index_select(0, numbers);
+  by_id.index_copy_(0, class_ids_.narrow(0, 0, n_seen()), at::repeat_interleave(task_sizes_));
+  return by_id.index_select(0, nearest.cpu());
+}
+
+// Without task inference the task is that of the prediction.
+Scores LoracIpc::scores_of(const at::Tensor& features, const at::Tensor& tasks) const {
+  const at::Tensor classes = logits(features);
+  return {classes, infers() ? tasks : tasks_of_numbers(classes.argmax(1))};
 }
 
 Scores LoracIpc::scores(const at::Tensor& images) const {
   const at::NoGradGuard no_grad;
-  if (options_.inference == "none") {
-    const at::Tensor all = logits(features(last_task(), images));
-    return {all, at::repeat_interleave(task_sizes_).index_select(0, all.argmax(1).cpu())};
+  if (!infers()) {
+    return scores_of(features(last_task(), images), {});
   }
   const at::Tensor first = features(0, images);
-  const at::Tensor tasks = tasks_of(gaussians_.distances(directions(first), 0).argmin(1));
+  const at::Tensor tasks = tasks_of(gaussians_.distances(nn::unit_rows(first)).argmin(1));
   at::Tensor chosen = first.clone();
   for (const at::Tensor& present : std::get<0>(at::_unique(tasks)).unbind(0)) {
     const auto task = present.item<int64_t>();
@@ -393,75 +439,97 @@ Scores LoracIpc::scores(const at::Tensor& images) const {
       chosen.index_copy_(0, rows, features(task, images.index_select(0, rows)));
     }
   }
-  return {logits(chosen), tasks};
+  return scores_of(chosen, tasks);
 }
 
 void LoracIpc::score(TestImages& images, const ScoresFn& fn) {
   const at::NoGradGuard no_grad;
-  if (options_.inference == "none") {  // the last snapshot is another each time
-    Method::score(images, fn);
-    return;
-  }
-  if (trains_norm()) {
+  if (trains_norm()) {  // no snapshot keeps its features
     seen_.clear();
   }
+  // New images begin with snapshot 0, by which tasks are inferred, or with the last.
+  const int64_t begin = infers() ? 0 : last_task();
+  std::vector<at::Tensor> numbers, labels, rows;
   images.for_each_batch(seen_.unknown(images.numbers()), [&](const Batch& batch) {
-    seen_.add(batch.numbers, batch.labels, features(0, batch.images));
+    numbers.push_back(batch.numbers);
+    labels.push_back(batch.labels);
+    rows.push_back(features(begin, batch.images));
   });
+  if (!numbers.empty()) {
+    seen_.add(at::cat(numbers), at::cat(labels), at::cat(rows), begin);
+  }
   if (seen_.size() == 0) {
     return;
   }
-  seen_.update_nearest(gaussians_.classes(), [&](const at::Tensor& rows, int64_t first) {
-    return gaussians_.distances(directions(rows), first);
-  });
-  at::Tensor tasks = tasks_of(seen_.nearest());
-  if (options_.inference == "vote_by_test_task") {
-    tasks = votes(tasks, at::repeat_interleave(task_sizes_).index_select(0, seen_.labels().cpu()));
-  }
-  for (const auto& [task, numbers] : seen_.choose(tasks)) {
-    images.for_each_batch(numbers, [&, task = task](const Batch& batch) {
+  const at::Tensor tasks = chosen_tasks();
+  for (const auto& [task, missing] : seen_.choose(tasks)) {
+    images.for_each_batch(missing, [&, task = task](const Batch& batch) {
       seen_.set(batch.numbers, features(task, batch.images));
     });
   }
-  fn(seen_.labels(), {logits(seen_.features()), tasks});
+  fn(seen_.labels(), scores_of(seen_.features(), tasks));
+}
+
+// The snapshot by which each test image seen is classified.
+at::Tensor LoracIpc::chosen_tasks() {
+  if (!infers()) {
+    return at::full({seen_.size()}, last_task(), at::kLong);
+  }
+  seen_.update_nearest(gaussians_.classes(), [&](const at::Tensor& features, int64_t first) {
+    return gaussians_.distances(nn::unit_rows(features), first);
+  });
+  const at::Tensor tasks = tasks_of(seen_.nearest());
+  return options_.inference == "vote_by_test_task" ? votes(tasks, tasks_of_numbers(seen_.labels()))
+                                                   : tasks;
 }
 
 // ---- State ----
 
 void LoracIpc::visit_state(const StateVisitor& visitor) {
+  bool changed = false;
+  const StateVisitor visit = [&](const std::string& name, at::Tensor& tensor) {
+    const auto* before = tensor.unsafeGetTensorImpl();
+    const auto version = tensor._version();
+    visitor(name, tensor);
+    changed = changed || tensor.unsafeGetTensorImpl() != before || tensor._version() != version;
+  };
+  const auto visit_head = [&](const std::string& prefix, Head& head) {
+    visit(prefix + "weight", head.weight);
+    visit(prefix + "bias", head.bias);
+    if (trains_norm()) {
+      visit(prefix + "norm.weight", head.norm_weight);
+      visit(prefix + "norm.bias", head.norm_bias);
+    }
+  };
   for (size_t i = 0; i < lora_.groups().size(); ++i) {
     nn::LoraGroup& group = lora_.groups()[i];
-    const std::string prefix = name_of(group) + ".";
-    visitor(prefix + "down", group.down);
-    visitor(prefix + "up", group.up);
-    visitor(prefix + "old_down", group.old_down);
-    visitor(prefix + "old_up", group.old_up);
-    visitor(prefix + "omega", group.omega);
-    visitor(prefix + "bank", bank_[i]);
+    const std::string prefix = std::string(group.name) + ".";
+    visit(prefix + "down", group.down);
+    visit(prefix + "up", group.up);
+    visit(prefix + "old_down", group.old_down);
+    visit(prefix + "old_up", group.old_up);
+    visit(prefix + "omega", group.omega);
+    visit(prefix + "bank", bank_[i]);
   }
-  visitor("mask", mask_);
-  visitor("head.weight", head_.weight);
-  visitor("head.bias", head_.bias);
-  if (trains_norm()) {
-    visitor("head.norm.weight", head_.norm_weight);
-    visitor("head.norm.bias", head_.norm_bias);
+  visit("mask", mask_);
+  visit_head("head.", head_);
+  if (!options_.train_aligned_head) {
+    visit_head("trained_head.", trained_head_);
   }
-  if (trained_head_weight_.defined()) {
-    visitor("head.trained.weight", trained_head_weight_);
-    visitor("head.trained.bias", trained_head_bias_);
-  }
-  visitor("task_sizes", task_sizes_);
-  visitor("class_ids", class_ids_);
-  visitor("alignment.means", clusters_.means);
-  visitor("alignment.variances", clusters_.variances);
-  gaussians_.visit_state("inference.", vit_.options(), visitor);
+  visit("task_sizes", task_sizes_);
+  visit("class_ids", class_ids_);
+  visit("alignment.means", clusters_.means);
+  visit("alignment.variances", clusters_.variances);
+  gaussians_.visit_state("inference.", vit_.options(), visit);
   if (training_.importance) {
-    training_.importance->visit_state("importance.", visitor);
+    training_.importance->visit_state("importance.", visit);
   }
-  check_state();
-  first_ = {};
-  recent_ = {};
-  seen_.clear();
+  if (changed) {
+    check_state();
+    first_ = {};
+    recent_ = {};
+    seen_.clear();
+  }
 }
 
 // Tensors that came from outside fit each other.
@@ -470,32 +538,44 @@ void LoracIpc::check_state() const {
     NTKCL_CHECK(tensor.sizes() == sizes, "state", name, ": expected ", sizes, ", got ",
                 tensor.sizes());
   };
-  const int64_t l = lora_.blocks(), r = options_.rank, t = lora_.modules();
-  const int64_t classes = head_.weight.dim() == 2 ? head_.weight.size(0) : -1, c = vit_.width();
+  const int64_t l = lora_.blocks(), r = options_.rank, t = lora_.modules(), c = vit_.width();
   for (size_t i = 0; i < lora_.groups().size(); ++i) {
     const nn::LoraGroup& group = lora_.groups()[i];
-    const std::string prefix = name_of(group) + ".";
+    const std::string prefix = std::string(group.name) + ".";
     const int64_t g = group.types(), out = group.pretrained.size(2), in = group.pretrained.size(3);
-    const int64_t tasks = bank_[i].dim() == 4 ? bank_[i].size(3) : -1;
     expect(prefix + "down", group.down, {l, g, in, r});
     expect(prefix + "up", group.up, {l, g, r, out});
     expect(prefix + "old_down", group.old_down, {l, g, in, t * r});
     expect(prefix + "old_up", group.old_up, {l, g, t * r, out});
     expect(prefix + "omega", group.omega, {l, g, t});
-    expect(prefix + "bank", bank_[i], {l, g, tasks, tasks});
-    NTKCL_CHECK(t <= tasks, "state", prefix, "bank: expected ", t, " tasks, got ", tasks);
+    expect(prefix + "bank", bank_[i], {l, g, tasks_, tasks_});
   }
+  NTKCL_CHECK(t <= tasks_, "state", "expected modules of at most ", tasks_, " tasks, got ", t);
   expect("mask", mask_, {lora_.types(), l});
-  expect("head.weight", head_.weight, {classes, c});
-  expect("head.bias", head_.bias, {classes});
   expect("task_sizes", task_sizes_, {t});
-  NTKCL_CHECK(t == 0 || (task_sizes_.gt(0).all().item<bool>() && n_seen() <= classes), "state",
-              "task_sizes: expected positive numbers of at most ", classes, " classes together");
-  NTKCL_CHECK(clusters_.means.dim() == 3 &&
-                  clusters_.means.sizes() == clusters_.variances.sizes() &&
-                  clusters_.means.size(2) == c,
-              "state", "alignment.*: expected means and variances (n, K, ", c, "), got ",
-              clusters_.means.sizes(), " and ", clusters_.variances.sizes());
+  NTKCL_CHECK(t == 0 || task_sizes_.gt(0).all().item<bool>(), "state",
+              "task_sizes: expected positive numbers");
+  const int64_t seen = n_seen();
+  for (const Head* head : {&head_, &trained_head_}) {
+    NTKCL_CHECK(head->weight.dim() == 2 && head->weight.size(1) == c &&
+                    head->bias.sizes() == head->weight.sizes().slice(0, 1) &&
+                    (head != &head_ || head->weight.size(0) >= seen),
+                "state", "head: expected weight (classes, ", c, ") and bias (classes) for ", seen,
+                " classes or more, got ", head->weight.sizes(), " and ", head->bias.sizes());
+    if (trains_norm()) {
+      expect("head.norm.weight", head->norm_weight, {c});
+      expect("head.norm.bias", head->norm_bias, {c});
+    }
+  }
+  NTKCL_CHECK(class_ids_.dim() == 1 && (class_ids_.size(0) == 0 || class_ids_.size(0) >= seen),
+              "state", "class_ids: expected ", seen, " or more, got ", class_ids_.sizes());
+  NTKCL_CHECK(
+      clusters_.means.dim() == 3 && clusters_.means.sizes() == clusters_.variances.sizes() &&
+          clusters_.means.size(0) <= seen && clusters_.means.size(2) == c,
+      "state", "alignment.*: expected means and variances (n, K, ", c, ") of at most ", seen,
+      " classes, got ", clusters_.means.sizes(), " and ", clusters_.variances.sizes());
+  NTKCL_CHECK(gaussians_.classes() <= seen, "state", "inference.*: expected at most ", seen,
+              " classes, got ", gaussians_.classes());
 }
 
 }  // namespace ntkcl::methods::lorac_ipc

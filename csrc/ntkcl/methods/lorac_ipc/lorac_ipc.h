@@ -1,5 +1,7 @@
 #pragma once
 
+#include <memory>
+#include <mutex>
 #include <optional>
 
 #include "ntkcl/methods/head_alignment.h"
@@ -29,62 +31,75 @@ class LoracIpc : public Method {
   void visit_state(const StateVisitor& visitor) override;
 
  private:
-  void check_state() const;
   // What holds while a task is trained.
   struct Training {
     TaskInfo task;
     std::vector<Orthogonality> penalties;         // of each group
-    std::vector<at::Tensor> unfrozen;             // of each group, (L, g): lambda where unfrozen
+    std::vector<at::Tensor> unfrozen;             // of each group, (L, g): 0 where frozen, else 1
     std::optional<ImportanceAverage> importance;  // none without IPC
     at::Tensor head_weight, head_bias;            // of the task's classes, parts of head_
     std::vector<at::Tensor> parameters;           // all that is trained
   };
+  struct Snapshot {
+    int64_t task = -1;
+    std::shared_ptr<const nn::VisionTransformer> vit;
+  };
 
   bool trains_norm() const { return options_.moco_norm == "new"; }
+  bool infers() const { return options_.inference != "none"; }
+  int64_t last_task() const { return task_sizes_.size(0) - 1; }
+  int64_t n_seen() const;
+
   void initialise_head(int64_t classes, RandomSource& random);
   void begin_module(const TaskInfo& task, RandomSource& random);
+  std::vector<optim::ParameterGroup> parameters();
   at::Tensor current_mask() const;  // mu of section 2, (types, L)
   bool measures(const StepInfo& step) const;
+  int64_t importance_window() const;  // last steps of a task
   // Sum of the penalties of what is not frozen; adds lambda times its gradient to A's.
   at::Tensor penalise() const;
 
   void freeze();
   void gather_statistics(TaskServices& services);
-  void align(TaskServices& services);
+  // Of features (n, C), in which each new class has the rows `rows_of`.
+  void add_gaussians(const at::Tensor& rows, const std::vector<at::Tensor>& rows_of,
+                     TaskServices& services);
+  void add_clusters(const at::Tensor& rows, const std::vector<at::Tensor>& rows_of,
+                    TaskServices& services);
   // Clusters (n) of one class's features, from k-means or recorded.
   at::Tensor cluster(const at::Tensor& rows, int64_t clusters, const Draw& draw,
                      RandomSource& random) const;
+  void align(TaskServices& services);
 
   // The transformer with its weights as after task `task`. The first and the one asked for last are
   // kept.
-  const nn::VisionTransformer& snapshot(int64_t task) const;
+  std::shared_ptr<const nn::VisionTransformer> snapshot(int64_t task) const;
   at::Tensor features(int64_t task, const at::Tensor& images) const;
   at::Tensor logits(const at::Tensor& features) const;
-  int64_t last_task() const { return task_sizes_.size(0) - 1; }
-  int64_t n_seen() const;
-  // Unit rows, of which classes are Gaussians.
-  static at::Tensor directions(const at::Tensor& features);
-  // Tasks of nearest classes.
-  at::Tensor tasks_of(const at::Tensor& classes) const;
+  Scores scores_of(const at::Tensor& features, const at::Tensor& tasks) const;
+  at::Tensor chosen_tasks();
+  // (n) int64 on the CPU: tasks of class numbers; and of the nearest ones as the variant looks them
+  // up.
+  at::Tensor tasks_of_numbers(const at::Tensor& classes) const;
+  at::Tensor tasks_of(const at::Tensor& nearest) const;
+  void check_state() const;
 
   Options options_;
   const nn::VisionTransformer& vit_;
+  int64_t tasks_;
   nn::ComposedLora lora_;
   std::vector<at::Tensor> bank_;  // of each group (L, g, T, T): omega [.., i] after task [.., t]
   at::Tensor mask_;               // (types, L) float64 on the CPU: 0 where frozen
   Head head_;                     // of all classes
-  at::Tensor trained_head_weight_, trained_head_bias_;  // before alignment, where that is kept
-  at::Tensor task_sizes_;                               // (finished tasks) int64 on the CPU
-  at::Tensor class_ids_;      // (classes) int64 on the CPU: the data set's class of each
-  FeatureClusters clusters_;  // for alignment: classes seen, each with features of its task
+  Head trained_head_;             // as it was before its last alignment, where that counts
+  at::Tensor task_sizes_;         // (finished tasks) int64 on the CPU
+  at::Tensor class_ids_;          // (classes) int64 on the CPU: the data set's class of each
+  FeatureClusters clusters_;      // for alignment: classes seen, each by features of its task
   stats::ClusterGaussians gaussians_;  // for task inference: classes seen, features of snapshot 0
   Training training_;
-  TestFeatures seen_;  // test images
+  TestFeatures seen_;
 
-  struct Snapshot {
-    int64_t task = -1;
-    std::optional<nn::VisionTransformer> vit;
-  };
+  mutable std::mutex snapshots_;
   mutable Snapshot first_, recent_;
 };
 

@@ -51,8 +51,8 @@ struct Options {
     v("uncertainty_decay", uncertainty_decay, at_least(0).below(1),
       "decay of the running mean of their deviations");
     v("importance_window", importance_window, at_least(0),
-      "last steps of a task that importances are taken from (each decays, so earlier ones hardly "
-      "count); 0: 128, all in float64");
+      "last steps of a task that importances are taken from; 0: all in float64, else so many that "
+      "earlier ones would weigh less than 1e-9 (128 with the default decays)");
     v("inference", inference, one_of({"per_image", "none", "vote_by_test_task"}),
       "the snapshot that classifies an image: that of the task inferred from the image; the last; "
       "or by a vote of all test images of the same true task, which uses the labels of the test "

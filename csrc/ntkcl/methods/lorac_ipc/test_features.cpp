@@ -24,7 +24,7 @@ std::vector<int64_t> TestFeatures::unknown(const std::vector<int64_t>& numbers) 
 }
 
 void TestFeatures::add(const at::Tensor& numbers, const at::Tensor& labels,
-                       const at::Tensor& features) {
+                       const at::Tensor& features, int64_t begin) {
   const int64_t count = numbers.size(0);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t number = numbers.const_data_ptr<int64_t>()[i];
@@ -34,12 +34,12 @@ void TestFeatures::add(const at::Tensor& numbers, const at::Tensor& labels,
   const auto far = std::numeric_limits<double>::infinity();
   labels_ = joined(labels_, labels);
   first_ = joined(first_, features);
-  features_ = joined(features_, features);
+  features_ = joined(features_, features.clone());  // written in place, unlike those of the first
   nearest_ = joined(nearest_, at::full_like(labels, -1));
   distance_ = joined(distance_, at::full({count}, far, features.options()));
   compared_ = joined(compared_, at::zeros({count}, at::kLong));
-  chosen_ = joined(chosen_, at::zeros({count}, at::kLong));
-  computed_ = joined(computed_, at::zeros({count}, at::kLong));
+  chosen_ = joined(chosen_, at::full({count}, begin, at::kLong));
+  computed_ = joined(computed_, at::full({count}, begin, at::kLong));
 }
 
 void TestFeatures::update_nearest(int64_t classes, const DistanceFn& distances) {

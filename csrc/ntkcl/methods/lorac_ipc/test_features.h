@@ -16,8 +16,10 @@ class TestFeatures {
  public:
   // Those of `numbers` not known yet, in their order.
   std::vector<int64_t> unknown(const std::vector<int64_t>& numbers) const;
-  // Adds images: numbers (B) and labels (B) int64, their features (B, C) of snapshot 0.
-  void add(const at::Tensor& numbers, const at::Tensor& labels, const at::Tensor& features);
+  // Adds images: numbers (B) and labels (B) int64, their features (B, C) of snapshot `begin`, which
+  // is 0 where nearest classes are asked for.
+  void add(const at::Tensor& numbers, const at::Tensor& labels, const at::Tensor& features,
+           int64_t begin);
 
   // Compares with the classes that were added since the last time. `distances` gives those of
   // features (B, C) to the classes from `first` on, (B, classes - first).
