@@ -14,9 +14,9 @@ Steps, of LoRA on all six matrices, none of them frozen:
 Each variant runs in a process of its own; losses and gradients are compared first, then the
 processes step by turns. A time is the minimum over the rounds: the machine may be shared.
 
-The evaluations are all those of a run of ten tasks of ten classes, before and after alignment. Plain
-computes image by image, so its time is that of a few images (the predictions are compared) times
-their number in all evaluations.
+The evaluations are all those of a run of ten tasks of ten classes, before and after alignment.
+Plain computes image by image, so its time is that of a few images (the predictions are compared)
+times their number in all evaluations.
 """
 
 from __future__ import annotations

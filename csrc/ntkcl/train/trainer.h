@@ -46,7 +46,8 @@ class Trainer : private methods::TaskServices {
   RunResult run(const EventFn& listen, const std::function<bool()>& should_stop);
 
   methods::Method& method() { return *method_; }
-  // Scores (B, n_seen or, of some methods, all classes) of uint8 images (B, 3, S, S) that are already transformed.
+  // Scores (B, n_seen; of some methods (B, classes)) of uint8 images (B, 3, S, S) that are already
+  // transformed.
   methods::Scores scores(const at::Tensor& images) const;
 
  private:
