@@ -21,7 +21,13 @@ import torch
 from torch.nn import functional as F
 
 import ntkcl
-from ntkcl.ops import attention, bias_relu_dropout, philox_keep_mask, section_cosine
+from ntkcl.ops import (
+    attention,
+    bias_relu_dropout,
+    composed_linear,
+    philox_keep_mask,
+    section_cosine,
+)
 
 Step = Callable[[], list[torch.Tensor]]
 
@@ -153,6 +159,47 @@ def cosine_case(
     )
 
 
+def composed_case(
+    rows: int, width: int, modules: int, dtype: torch.dtype, device: str, backward: bool
+) -> Case:
+    """q, k and v with `modules` old LoRA modules of rank 16 beside the current one."""
+    rank, scale = 16, [1 / 16] * 3
+
+    def make(*shape, grad=False):
+        return torch.randn(*shape, dtype=dtype, device=device, requires_grad=grad and backward)
+
+    x, weight, bias = make(rows, width, grad=True), make(3, width, width), make(3 * width)
+    down, up = make(3, width, rank, grad=True), make(3, rank, width, grad=True)
+    old_down, old_up = make(3, width, modules * rank), make(3, modules * rank, width)
+    omega = make(3, modules, grad=True)
+    grad = torch.randn(rows, 3 * width, dtype=dtype, device=device)
+    leaves = (x, down, up, omega)
+
+    def ours():
+        y = composed_linear(
+            *(x, weight, bias, down, up, scale),
+            **{"old_down": old_down, "old_up": old_up, "omega": omega, "omega_scale": scale},
+        )
+        return gradients(y, grad, *leaves) if backward else [y]
+
+    def theirs():
+        a, b = old_down.chunk(modules, 2), old_up.chunk(modules, 1)
+        w = weight.transpose(1, 2) + scale[0] * (down @ up)
+        for i in range(modules):
+            w = w + scale[0] * omega[:, i, None, None] * (a[i] @ b[i])
+        y = torch.cat([x @ matrix for matrix in w], 1) + bias
+        return gradients(y, grad, *leaves) if backward else [y]
+
+    return Case(
+        "composed_linear" + (" + backward" if backward else ""),
+        {"rows": rows, "width": width, "modules": modules},
+        ours,
+        theirs,
+        lambda: check(ours(), theirs()),
+        x.element_size() * (rows * width * (8 if backward else 4) + 3 * width * width),
+    )
+
+
 def check(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         tolerance = 2e-2 if a.dtype == torch.bfloat16 else 1e-5
@@ -187,7 +234,7 @@ def measure(case: Case, rounds: int, device: str) -> tuple[float, float]:
 def cases(device: str):
     # Attention in ViT-Ti and ViT-B at batch 16; the adapter's middle in ViT-B at batch 16 (3152 x
     # 16), a whole MLP's activation, and a large matrix for the GPU; scores of a training batch and
-    # of an evaluation batch.
+    # of an evaluation batch; q, k and v of ViT-Ti and ViT-B in the second and the tenth task.
     heights = [(3152, 16), (3152, 3072)] + ([(197 * 256, 3072)] if device == "cuda" else [])
     for dtype in (torch.float32, torch.bfloat16):
         for heads in (3, 12):
@@ -200,6 +247,9 @@ def cases(device: str):
         for batch, classes, sections in ((48, 10, 1), (96, 100, 2), (256, 345, 3)):
             for backward in (False, True):
                 yield dtype, cosine_case(batch, classes, sections, 768, dtype, device, backward)
+        for width, modules in ((192, 1), (192, 9), (768, 1), (768, 9)):
+            for backward in (False, True):
+                yield dtype, composed_case(3152, width, modules, dtype, device, backward)
     yield torch.uint8, mask_case(1 << 20, device)
     yield torch.uint8, mask_case(1 << 25, device)
 

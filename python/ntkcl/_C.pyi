@@ -52,7 +52,6 @@ __all__: list[str] = [
     "make_file_store",
     "make_optimizer",
     "make_zip_store",
-    "mean_importance",
     "numpy_permutation",
     "old_basis",
     "patch_pass",
@@ -66,6 +65,7 @@ __all__: list[str] = [
     "signed_sum",
     "split_classes",
     "summarize",
+    "votes",
 ]
 
 class ImageStore:
@@ -675,11 +675,6 @@ def make_zip_store(
     Images inside a zip archive; entries are read when asked for.
     """
 
-def mean_importance(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """
-    mean |W * G| over the last two dimensions.
-    """
-
 def numpy_permutation(
     seed: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex
 ) -> list[int]:
@@ -759,6 +754,11 @@ def split_classes(
 def summarize(evaluations: collections.abc.Sequence[Evaluation]) -> Summary:
     """
     Metrics of a run from the evaluations after tasks 0 .. T - 1.
+    """
+
+def votes(tasks: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """
+    The most frequent task of each group, for its members: (n), (n) -> (n).
     """
 
 __version__: str
