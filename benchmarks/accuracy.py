@@ -23,7 +23,7 @@ from pathlib import Path
 
 import accuracy_report
 from accuracy_runs import (
-    MAIN_RUNS,
+    MAIN,
     NORMALIZATIONS,
     PROTOCOLS,
     RUNS,
@@ -67,11 +67,13 @@ def main() -> None:
     places = places_of(protocol, data, arguments)
     cases = cases_of(
         protocol,
-        arguments.only or (RUNS if arguments.list else MAIN_RUNS),
+        arguments.only or (RUNS if arguments.list else MAIN),
         arguments.normalize,
         arguments.seeds or protocol.seeds,
         arguments.validation,
     )
+    if not arguments.only and not arguments.list:
+        cases = [case for case in cases if case.normalize in MAIN[case.name]]
     if arguments.list:
         show(cases, places)
         return

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from accuracy_runs import MAIN_RUNS, NORMALIZATIONS, PROTOCOLS, RUNS, Protocol, Record
+from accuracy_runs import MAIN, NORMALIZATIONS, PROTOCOLS, RUNS, Protocol, Record
 
 _HEAD = """# Results
 
@@ -16,6 +16,17 @@ the mean of A_1 ... A_T, forgetting the mean over the earlier tasks of best minu
 backbone's pretraining. Wall time and training images/s are means over the seeds; what else the
 machine was doing is not known.
 """
+
+# Pairs of runs whose difference is shown.
+COMPARED = (
+    ("corrected", "release"),
+    ("corrected", "simple-cil"),
+    ("lorac-ipc-plain", "lorac-plain"),
+    ("lorac-ipc", "lorac"),
+    ("lorac-ipc", "lorac-ipc-plain"),
+    ("lorac-ipc", "corrected"),
+    ("lorac-ipc", "simple-cil"),
+)
 
 
 def render(tests: Sequence[Record], validations: Sequence[Record]) -> str:
@@ -38,8 +49,8 @@ def missing_runs(protocol: Protocol, records: Sequence[Record]) -> dict[str, lis
         f"{name} {normalize}": [
             seed for seed in protocol.seeds if (name, normalize, seed) not in present
         ]
-        for name in MAIN_RUNS
-        for normalize in NORMALIZATIONS
+        for name, normalizations in MAIN.items()
+        for normalize in normalizations
     }
     return {run: absent for run, absent in seeds.items() if absent}
 
@@ -53,8 +64,8 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 
 def _test_sections(protocol: Protocol, records: list[Record]) -> list[str]:
-    main = [record for record in records if record["name"] in MAIN_RUNS]
-    other = [record for record in records if record["name"] not in MAIN_RUNS]
+    main = [record for record in records if record["name"] in MAIN]
+    other = [record for record in records if record["name"] not in MAIN]
     sections = [
         f"## Protocol {protocol.name}\n\n{protocol.about}.\n",
         _completeness(protocol, main),
@@ -96,7 +107,7 @@ def _choice_of_mode(records: list[Record]) -> str:
 
 def _completeness(protocol: Protocol, main: list[Record]) -> str:
     missing = missing_runs(protocol, main)
-    total = len(MAIN_RUNS) * len(NORMALIZATIONS) * len(protocol.seeds)
+    total = sum(map(len, MAIN.values())) * len(protocol.seeds)
     if not missing:
         return f"All {total} runs of the main comparison are recorded.\n"
     count = sum(len(seeds) for seeds in missing.values())
@@ -149,23 +160,23 @@ def _differing_settings(group: list[Record]) -> list[str]:
 
 
 def _differences(main: list[Record]) -> str:
-    """Corrected minus the others, seed by seed: the class order is then the same on both sides."""
+    """One run minus another, seed by seed: the class order is then the same on both sides."""
+    keys = ("final_accuracy", "average_accuracy", "forgetting")
     rows = [
         (
-            f"corrected - {other}",
+            f"{one} - {other}",
             normalize,
             ", ".join(str(seed) for seed in seeds),
-            mean_and_error(_paired(main, normalize, other, "final_accuracy", seeds)),
-            mean_and_error(_paired(main, normalize, other, "average_accuracy", seeds)),
+            *(mean_and_error(_paired(main, normalize, one, other, key, seeds)) for key in keys),
         )
         for normalize in NORMALIZATIONS
-        for other in ("release", "simple-cil")
-        if (seeds := _common_seeds(main, normalize, other))
+        for one, other in COMPARED
+        if (seeds := _common_seeds(main, normalize, one, other))
     ]
     if not rows:
         return ""
     title = "Differences, seed by seed (the standard error is that of the differences):\n\n"
-    return title + _table(("difference", "input", "seeds", "A_T", "average"), rows)
+    return title + _table(("difference", "input", "seeds", "A_T", "average", "forgetting"), rows)
 
 
 def _curves(main: list[Record]) -> str:
@@ -259,15 +270,15 @@ def _by_seed(records: list[Record], name: str, normalize: str) -> dict[int, Reco
     }
 
 
-def _common_seeds(main: list[Record], normalize: str, other: str) -> list[int]:
-    corrected = _by_seed(main, "corrected", normalize)
-    return sorted(corrected.keys() & _by_seed(main, other, normalize).keys())
+def _common_seeds(main: list[Record], normalize: str, one: str, other: str) -> list[int]:
+    ours, theirs = (_by_seed(main, name, normalize) for name in (one, other))
+    return sorted(ours.keys() & theirs.keys())
 
 
 def _paired(
-    main: list[Record], normalize: str, other: str, key: str, seeds: list[int]
+    main: list[Record], normalize: str, one: str, other: str, key: str, seeds: list[int]
 ) -> list[float]:
-    ours, theirs = (_by_seed(main, name, normalize) for name in ("corrected", other))
+    ours, theirs = (_by_seed(main, name, normalize) for name in (one, other))
     return [ours[seed][key] - theirs[seed][key] for seed in seeds]
 
 

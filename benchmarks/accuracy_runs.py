@@ -85,10 +85,12 @@ def _section(options: Mapping[str, Any]) -> dict[str, Any]:
 _NO_INFERENCE = {"lorac_ipc.inference": "none", "lorac_ipc.alignment": False}
 _NO_IPC = {"lorac_ipc.ipc_threshold": 0.0}
 
-MAIN_RUNS = (
-    *("simple-cil", "release", "corrected"),
-    *("lorac-plain", "lorac-ipc-plain", "lorac", "lorac-ipc"),
-)
+NORMALIZATIONS = ("none", "weights")
+# The main comparison: names in RUNS, and the inputs that each is run with.
+MAIN: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("simple-cil", "release", "corrected"), NORMALIZATIONS),
+    **dict.fromkeys(("lorac-plain", "lorac-ipc-plain", "lorac", "lorac-ipc"), ("weights",)),
+}
 RUNS: Mapping[str, Run] = {
     "simple-cil": Run("simple-cil", "corrected", "class means of the frozen backbone"),
     "release": _release("NTK-CL as released"),
@@ -149,7 +151,6 @@ RUNS: Mapping[str, Run] = {
     "both-eta-0.2": _both("eta 0.2", eta=0.2),
     "both-upsilon-0": _both("no L_orth", upsilon=0.0),
 }
-NORMALIZATIONS = ("none", "weights")
 
 # Keys of places and of speed.
 _NOT_COMPUTED = {

@@ -94,9 +94,9 @@ def fabricated(name: str, normalize: str, seed: int, final: float, **changed) ->
 def full_comparison() -> list[dict]:
     finals = {"simple-cil": 50.0, "release": 60.0, "corrected": 66.0}
     return [
-        fabricated(name, normalize, seed, finals[name] + 2 * seed)
-        for name in runs.MAIN_RUNS
-        for normalize in runs.NORMALIZATIONS
+        fabricated(name, normalize, seed, finals.get(name, 70.0) + 2 * seed)
+        for name, normalizations in runs.MAIN.items()
+        for normalize in normalizations
         for seed in (0, 1, 2)
     ]
 
@@ -209,10 +209,12 @@ def test_a_record_that_was_cut_short_is_named(tmp_path: Path) -> None:
 
 def test_the_report_gives_means_standard_errors_and_differences() -> None:
     text = report.render(full_comparison(), [])
-    assert "All 18 runs of the main comparison are recorded." in text
+    assert "All 30 runs of the main comparison are recorded." in text
     assert "62.00 ± 1.15" in text  # release: 60, 62, 64
-    assert "| corrected - release | none | 0, 1, 2 | 6.00 ± 0.00 | 6.00 ± 0.00 |" in text
+    assert "| corrected - release | none | 0, 1, 2 | 6.00 ± 0.00 | 6.00 ± 0.00 | 0.00" in text
     assert "| corrected - simple-cil | weights | 0, 1, 2 | 16.00 ± 0.00 | 16.00 ± 0.00 |" in text
+    assert "| lorac-ipc - corrected | weights | 0, 1, 2 | 4.00 ± 0.00 |" in text
+    assert "| lorac-ipc - corrected | none" not in text
     assert "| 1 | 86.0 |  |\n| 2 | 65.0 | 67.0 |" in text  # corrected's matrix of seed 0
     assert "--only corrected --normalize weights --seeds 2" in text
     assert "31.5" in text and "trains nothing" in text and "1.5 min" in text
@@ -225,10 +227,10 @@ def test_the_report_says_what_is_missing() -> None:
         if (record["name"], record["normalize"]) != ("corrected", "none") or record["seed"] == 0
     ]
     text = report.render(records, [])
-    assert "Incomplete: 2 of the 18 runs" in text
+    assert "Incomplete: 2 of the 30 runs" in text
     assert "Missing: corrected none seeds 1, 2." in text
     assert "66.00 (one seed)" in text
-    assert "Incomplete: 18 of the 18" in report.render([], [])
+    assert "Incomplete: 30 of the 30" in report.render([], [])
 
 
 def test_the_report_warns_of_seeds_run_with_different_settings() -> None:
@@ -252,7 +254,7 @@ def test_the_report_is_written_beside_its_records(tmp_path: Path) -> None:
     for record in full_comparison():
         runs.append_record(tmp_path / "results" / "accuracy.jsonl", record)
     accuracy.write_report(tmp_path)
-    assert "All 18 runs" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "All 30 runs" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
 
 def test_sigterm_stops_as_ctrl_c_does() -> None:

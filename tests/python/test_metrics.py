@@ -133,13 +133,31 @@ def test_scores_that_are_not_finite_are_an_error(bad: float) -> None:
             getattr(result, query)
 
 
+def test_a_class_not_seen_may_be_predicted_and_is_wrong() -> None:
+    result = _C.Evaluation([2, 3], 0)
+    scores = torch.tensor([[0.9, 0.1, 0.0, 0.0, 0.0], [0.1, 0.2, 0.0, 0.0, 0.7]])
+    result.add(torch.tensor([0, 1]), scores)
+    assert result.predictions.tolist() == [0, 4]
+    assert (result.top1, result.task_id, result.within_task) == (50, 50, 100)
+
+
+def test_inferred_tasks() -> None:
+    result = _C.Evaluation([2, 3], 1)
+    result.add(torch.tensor([0, 4]), torch.zeros(2, 5), torch.tensor([0, 0]))
+    assert result.inferred_task == 50
+    with pytest.raises(ValueError, match=r"expected int64 tasks \(2\)"):
+        result.add(torch.tensor([0, 4]), torch.zeros(2, 5), torch.tensor([0]))
+    result.add(torch.tensor([0]), torch.zeros(1, 5))  # one image whose task was not inferred
+    assert math.isnan(result.inferred_task)
+
+
 def test_evaluation_refuses_what_does_not_fit() -> None:
     result = _C.Evaluation([3, 2], 1)
     with pytest.raises(ValueError, match=r"^\[evaluation\] expected labels in 0 .. 4, got 0 .. 5"):
         result.add(torch.tensor([0, 5]), torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"expected labels in 0 .. 4, got -1 .. 1"):
         result.add(torch.tensor([-1, 1]), torch.zeros(2, 5))
-    with pytest.raises(ValueError, match=r"floating point scores \(b, 5\), got .*\[2, 3\]"):
+    with pytest.raises(ValueError, match=r"floating point scores \(b, 5 or more\), got .*\[2, 3\]"):
         result.add(torch.tensor([0, 1]), torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"int64 labels \(2\)"):
         result.add(torch.tensor([0, 1, 2]), torch.zeros(2, 5))
