@@ -251,6 +251,26 @@ def test_the_head_as_trained_goes_on_where_the_aligned_one_does_not(tmp_path: Pa
     assert aligned.evaluations[1].per_task == trained.evaluations[1].per_task
 
 
+def test_orthogonal_modules(tmp_path: Path) -> None:
+    # Untrained, the columns of all modules together are orthonormal.
+    method = session({"init": "orthogonal", "inference": "none", "alignment": False})
+    for task in range(2):
+        a_task(method, task, steps=0)
+    tensors = method.state()
+    for group in ("attention", "fc1", "fc2"):
+        old = tensors[f"{group}.old_down"]
+        gram = old.transpose(2, 3) @ old
+        torch.testing.assert_close(gram, torch.eye(8).expand_as(gram), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="at most 96 orthogonal columns for 3 tasks of rank 40"):
+        train(tmp_path / "run", lorac_ipc={"init": "orthogonal", "rank": 40})
+
+
+def test_a_prediction_within_the_inferred_task(tmp_path: Path) -> None:
+    result = train(tmp_path / "run", lorac_ipc={"predict_within_task": True})
+    for e in result.evaluations:
+        assert e.task_id == e.inferred_task
+
+
 def test_votes_of_the_test_tasks_say_what_they_are(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="uses the labels of the test images"):
         voted = train(tmp_path / "run", lorac_ipc={"inference": "vote_by_test_task"}, epochs=2)

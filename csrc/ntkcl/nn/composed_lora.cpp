@@ -122,8 +122,7 @@ void ComposedLora::begin(const InitFn& init) {
     group.up = at::zeros_like(group.up);
     for (int64_t l = 0; l < blocks(); ++l) {
       for (int64_t j = 0; j < group.types(); ++j) {
-        const at::Tensor own = group.down[l][j];
-        own.copy_(init(group.first_type + j, l, own.sizes()));
+        group.down[l][j].copy_(init(group.first_type + j, l, group.old_down[l][j]));
       }
     }
     for (const at::Tensor* parameter : {&group.down, &group.up, &group.omega}) {

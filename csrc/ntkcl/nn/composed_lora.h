@@ -48,8 +48,9 @@ class ComposedLora {
   std::vector<LoraGroup>& groups() { return groups_; }
   const std::vector<LoraGroup>& groups() const { return groups_; }
 
-  // Begins a module: A as `init` draws it (in, r), B = 0, both requiring gradients as omega does.
-  using InitFn = std::function<at::Tensor(int64_t type, int64_t block, at::IntArrayRef sizes)>;
+  // Begins a module: A as `init` draws it (in, r), beside the old ones of its matrix (in, t r);
+  // B = 0; both require gradients as omega does.
+  using InitFn = std::function<at::Tensor(int64_t type, int64_t block, const at::Tensor& old)>;
   void begin(const InitFn& init);
   // The current module joins the old ones with omega 1.
   void finish();

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "ntkcl/core/error.h"
 #include "ntkcl/nn/cosine_head.h"
@@ -44,6 +45,9 @@ LoracIpc::LoracIpc(Options options, const nn::VisionTransformer& vit, int64_t ta
               kWhere, "'ipc_threshold': the released selection cannot freeze 0 of ", mask_.numel(),
               " matrices: expected 0 or at least 1 / ", mask_.numel(), ", got ",
               options_.ipc_threshold);
+  NTKCL_CHECK(options_.init != "orthogonal" || tasks * options_.rank <= vit.width(), kWhere,
+              "'init': expected at most ", vit.width(), " orthogonal columns for ", tasks,
+              " tasks of rank ", options_.rank, ", got ", tasks * options_.rank);
   for (const nn::LoraGroup& group : lora_.groups()) {
     bank_.push_back(at::zeros({lora_.blocks(), group.types(), tasks, tasks}, vit.options()));
   }
@@ -121,15 +125,21 @@ void LoracIpc::initialise_head(int64_t classes, RandomSource& random) {
 }
 
 void LoracIpc::begin_module(const TaskInfo& task, RandomSource& random) {
-  const double bound = 1.0 / std::sqrt(static_cast<double>(options_.rank));
   for (const nn::LoraGroup& group : lora_.groups()) {
     const at::NoGradGuard no_grad;
     training_.penalties.emplace_back(group.old_down.flatten(0, 1));
     training_.unfrozen.push_back(of_group(mask_, group));
   }
-  lora_.begin([&](int64_t type, int64_t block, at::IntArrayRef sizes) {
-    return random.uniform({"lora.down", task.index, 0, type, block}, sizes, -bound, bound,
-                          vit_.options());
+  const double bound = 1.0 / std::sqrt(static_cast<double>(options_.rank));
+  lora_.begin([&](int64_t type, int64_t block, const at::Tensor& old) {
+    const Draw draw{"lora.down", task.index, 0, type, block};
+    const std::vector<int64_t> sizes{old.size(0), options_.rank};
+    if (options_.init == "uniform") {
+      return random.uniform(draw, sizes, -bound, bound, vit_.options());
+    }
+    // The last columns of an orthonormal basis of [A_0 ... A_{t-1}, a Gaussian].
+    const at::Tensor columns = at::cat({old, random.normal(draw, sizes, vit_.options())}, 1);
+    return std::get<0>(at::linalg_qr(columns)).narrow(1, old.size(1), options_.rank);
   });
   lora_.train(current_mask(), mask_);
 }
@@ -420,8 +430,18 @@ at::Tensor LoracIpc::tasks_of(const at::Tensor& nearest) const {
 
 // Without task inference the task is that of the prediction.
 Scores LoracIpc::scores_of(const at::Tensor& features, const at::Tensor& tasks) const {
-  const at::Tensor classes = logits(features);
-  return {classes, infers() ? tasks : tasks_of_numbers(classes.argmax(1))};
+  at::Tensor classes = logits(features);
+  if (!infers()) {
+    return {classes, tasks_of_numbers(classes.argmax(1))};
+  }
+  if (options_.predict_within_task) {
+    at::Tensor task_of = at::full({classes.size(1)}, -1, at::kLong);
+    task_of.narrow(0, 0, n_seen()).copy_(at::repeat_interleave(task_sizes_));
+    const at::Tensor elsewhere = task_of.unsqueeze(0).ne(tasks.unsqueeze(1)).to(classes.device());
+    // Low, but finite: no score is infinite.
+    classes = classes.masked_fill(elsewhere, std::numeric_limits<float>::lowest());
+  }
+  return {classes, tasks};
 }
 
 Scores LoracIpc::scores(const at::Tensor& images) const {

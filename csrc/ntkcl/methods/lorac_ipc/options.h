@@ -10,6 +10,7 @@ struct Options {
   std::string placement = "all";
   int64_t rank = 16;
   int64_t lora_depth = 0;
+  std::string init = "uniform";
   double lambda = 1.0;
   double omega_lr_factor = 0.1;
   double clip_norm = 1.0;
@@ -20,6 +21,7 @@ struct Options {
   int64_t importance_window = 0;
   std::string inference = "per_image";
   int64_t inference_clusters = 4;
+  bool predict_within_task = false;
   bool alignment = true;
   int64_t alignment_clusters = 10;
   int64_t alignment_epochs = 50;
@@ -39,6 +41,9 @@ struct Options {
       "matrices with LoRA: those of attention, or of attention and MLP");
     v("rank", rank, at_least(1), "r, rank of a task's module");
     v("lora_depth", lora_depth, at_least(0), "blocks with LoRA, from the first; 0: all");
+    v("init", init, one_of({"uniform", "orthogonal"}),
+      "first A of a module: uniform, or orthonormal columns orthogonal to all A before (T tasks of "
+      "rank r need T r columns of a matrix)");
     v("lambda", lambda, at_least(0), "weight of the orthogonality penalty");
     v("omega_lr_factor", omega_lr_factor, at_least(0),
       "factor on the learning rate of the old modules' weights omega");
@@ -59,6 +64,8 @@ struct Options {
       "images and is no honest result");
     v("inference_clusters", inference_clusters, at_least(1),
       "Gaussians of each class for task inference");
+    v("predict_within_task", predict_within_task, anything(),
+      "predict among the classes of the inferred task alone");
     v("alignment", alignment, anything(), "align the head after every task but the first");
     v("alignment_clusters", alignment_clusters, at_least(1),
       "Gaussians of each class for head alignment");
