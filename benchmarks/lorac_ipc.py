@@ -22,8 +22,6 @@ times their number in all evaluations.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -33,7 +31,7 @@ import torch
 from lorac_pytorch import TYPES, PlainLorac, precision_matrices, predict_one
 from safetensors.torch import load_file, save_file
 from step_problem import CLASSES, IMAGE, MODELS, Problem, Tensors
-from workers import Process, memory, serve, timed
+from workers import Process, append_result, memory, serve, timed
 
 VARIANTS = ("plain", "ours", "window")
 GROUPS = {"attention": TYPES[:4], "fc1": ("f1",), "fc2": ("f2",)}
@@ -394,20 +392,7 @@ def main() -> None:
         result["evaluation"] = measure_evaluation(a)
     else:
         result["steps"] = [measure_steps(a, task) for task in a.tasks]
-    if a.json:
-        import ntkcl
-
-        machine = {
-            "ntkcl": ntkcl.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "device": torch.cuda.get_device_name() if a.device == "cuda" else "cpu",
-            "threads": a.threads,
-            "rounds": a.rounds,
-        }
-        with a.json.open("a") as file:
-            file.write(json.dumps(machine | result) + "\n")
+    append_result(a, result)
 
 
 if __name__ == "__main__":

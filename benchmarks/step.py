@@ -20,8 +20,6 @@ A time is the minimum over the rounds: the machine may be shared.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ from step_problem import (
     products_published,
 )
 from step_pytorch import CarefulStep, PlainStep
-from workers import Process, memory, serve, timed
+from workers import Process, append_result, memory, serve, timed
 
 VARIANTS = ("plain", "careful", "compiled", "ours")
 # Against plain PyTorch in float32: relative error of a gradient, by its norm.
@@ -332,20 +330,7 @@ def main() -> None:
         return
     result = measure(arguments)
     show(result)
-    if arguments.json:
-        import ntkcl
-
-        machine = {
-            "ntkcl": ntkcl.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-            "threads": arguments.threads,
-            "rounds": arguments.rounds,
-        }
-        with arguments.json.open("a") as file:
-            file.write(json.dumps(machine | result) + "\n")
+    append_result(arguments, result)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ A benchmark starts itself again with ``--worker <variant>``; the worker calls `s
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -92,3 +94,22 @@ def memory(device: str, reset: bool = False) -> int:
     status = Path("/proc/self/status").read_text()
     key = "VmRSS:" if reset else "VmHWM:"
     return int(status.split(key)[1].split()[0]) * 1024
+
+
+def append_result(arguments: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Appends the result, with versions and machine, to the file of --json as one line."""
+    if not arguments.json:
+        return
+    import ntkcl
+
+    machine = {
+        "ntkcl": ntkcl.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+    }
+    with arguments.json.open("a") as file:
+        file.write(json.dumps({**machine, **result}) + "\n")

@@ -113,6 +113,18 @@ def composed_case(model, placement, when, variant, dtype):
     return task, modules, omega, current, old
 
 
+def logits_and_value(model, features, head):
+    """Of a head (weight, bias); the functional whose gradients are on file."""
+    logits = torch.nn.functional.linear(features, *head)
+    dtype = features.dtype
+    value = (model["P"].to(dtype) * logits).sum() + (model["Q"].to(dtype) * features).sum()
+    return logits, value
+
+
+def head_of(model, dtype):
+    return [model[f"backbone.head.{n}"].to(dtype) for n in ("weight", "bias")]
+
+
 def forward_cases():
     g = golden.load("lorac_ipc", "forward")
     found = {name.rsplit("/", 1)[0] for name in g.tensors if name.endswith("/value")}
@@ -127,7 +139,7 @@ def test_forward_and_gradients(case, dtype):
     task, modules, omega, current, old = composed_case(model, placement, when, variant, dtype)
     leaves = [t for name in "AB" for t in modules[name].values()] + list(omega.values())
     probes = torch.zeros(current.shape, dtype=dtype)
-    head = [model[f"backbone.head.{n}"].to(dtype) for n in ("weight", "bias")]
+    head = head_of(model, dtype)
     for leaf in [*leaves, probes, *head]:
         leaf.requires_grad_()
     features = _C.lora_pass(
@@ -140,8 +152,7 @@ def test_forward_and_gradients(case, dtype):
         old,
         probes,
     )
-    logits = torch.nn.functional.linear(features, *head)
-    value = (model["P"].to(dtype) * logits).sum() + (model["Q"].to(dtype) * features).sum()
+    logits, value = logits_and_value(model, features, head)
     value.backward()
     check(g, f"{case}/features", features)
     check(g, f"{case}/logits", logits)
@@ -194,9 +205,7 @@ def test_weight_gradient(case, dtype):
         torch.ones_like(current),
         torch.zeros_like(old),
     )
-    head = [model[f"backbone.head.{n}"].to(dtype) for n in ("weight", "bias")]
-    logits = torch.nn.functional.linear(features, *head)
-    ((model["P"].to(dtype) * logits).sum() + (model["Q"].to(dtype) * features).sum()).backward()
+    logits_and_value(model, features, head_of(model, dtype))[1].backward()
     check(g, f"{case}/features", features)
     check(g, f"{case}/weight_grad.q.block1", up["q"].grad[-1, 1] * c["width"])
 
@@ -221,8 +230,7 @@ def test_snapshots(placement, dtype):
             backbone(model, dtype), images, modules["A"], modules["B"], omega, free, free
         )
         check(g, f"{placement}/snapshot{k}/features", features)
-        head = [model[f"backbone.head.{n}"].to(dtype) for n in ("weight", "bias")]
-        logits = torch.nn.functional.linear(features, *head)
+        logits = torch.nn.functional.linear(features, *head_of(model, dtype))
         check(g, f"{placement}/snapshot{k}/logits", logits)
 
 

@@ -14,25 +14,17 @@ namespace {
 
 constexpr const char* kWhere = "lora";
 
-// One kind's matrices in every block, (L, g, out, in).
-at::Tensor pretrained_of(const VisionTransformer& vit, int64_t blocks, LoraGroup::Kind kind) {
-  std::vector<at::Tensor> of_block;
-  for (int64_t l = 0; l < blocks; ++l) {
-    const BlockTensors w = vit.weights(l);
-    switch (kind) {
-      case LoraGroup::Kind::kAttention:
-        of_block.push_back(
-            at::cat({w.qkv.view({3, vit.width(), vit.width()}), w.proj.unsqueeze(0)}));
-        break;
-      case LoraGroup::Kind::kFc1:
-        of_block.push_back(w.fc1.unsqueeze(0));
-        break;
-      case LoraGroup::Kind::kFc2:
-        of_block.push_back(w.fc2.unsqueeze(0));
-    }
+// A kind's matrices (g * out, in) or biases (g * out) of a block, one below the other.
+at::Tensor of_kind(const BlockTensors& block, LoraGroup::Kind kind) {
+  switch (kind) {
+    case LoraGroup::Kind::kAttention:
+      return at::cat({block.qkv, block.proj});
+    case LoraGroup::Kind::kFc1:
+      return block.fc1;
+    case LoraGroup::Kind::kFc2:
+      break;
   }
-  // Modules and what is composed of them are in the type of all that is trained.
-  return at::stack(of_block).to(vit.options());
+  return block.fc2;
 }
 
 // Of matrices first .. first + count of a block's group; what the graph sees of it.
@@ -97,8 +89,16 @@ ComposedLora::ComposedLora(const VisionTransformer& vit, bool mlp, int64_t block
     groups_.push_back({.kind = Kind::kFc2, .name = "fc2", .first_type = 5});
   }
   for (LoraGroup& group : groups_) {
-    group.pretrained = pretrained_of(vit, blocks, group.kind);
-    const int64_t g = group.types(), out = group.pretrained.size(2), in = group.pretrained.size(3);
+    std::vector<at::Tensor> weights, biases;
+    for (int64_t l = 0; l < blocks; ++l) {
+      weights.push_back(of_kind(vit.weights(l), group.kind));
+      biases.push_back(of_kind(vit.biases(l), group.kind));
+    }
+    const int64_t g = group.kind == Kind::kAttention ? 4 : 1;
+    const int64_t out = weights[0].size(0) / g, in = weights[0].size(1);
+    // Modules and what is composed of them are in the type of all that is trained.
+    group.pretrained = at::stack(weights).view({blocks, g, out, in}).to(vit.options());
+    group.bias = at::stack(biases);
     const auto zeros = [&](at::IntArrayRef sizes) { return at::zeros(sizes, vit.options()); };
     group.down = zeros({blocks, g, in, rank});
     group.up = zeros({blocks, g, rank, out});
@@ -136,8 +136,7 @@ void ComposedLora::finish() {
   for (LoraGroup& group : groups_) {
     group.old_down = at::cat({group.old_down, group.down}, 3);
     group.old_up = at::cat({group.old_up, group.up}, 2);
-    group.omega = at::cat(
-        {group.omega, at::ones_like(group.omega.new_empty({blocks(), group.types(), 1}))}, 2);
+    group.omega = at::cat({group.omega, group.omega.new_ones({blocks(), group.types(), 1})}, 2);
   }
 }
 
@@ -198,42 +197,37 @@ std::vector<BlockProducts> ComposedLora::products(const at::Tensor& probes) cons
   std::vector<BlockProducts> products(static_cast<size_t>(blocks()));
   for (size_t i = 0; i < groups_.size(); ++i) {
     const LoraGroup& group = groups_[i];
-    const auto weight = compose(group, constants_[i]).unbind(0);
+    const auto weight = compose(group, constants_[i]).unbind(0), bias = group.bias.unbind(0);
     const auto down = group.down.unbind(0), up = group.up.unbind(0);
     const auto old_down = group.old_down.unbind(0), old_up = group.old_up.unbind(0);
     const auto omega = group.omega.unbind(0);
     for (size_t l = 0; l < products.size(); ++l) {
-      const BlockTensors biases = vit_.biases(static_cast<int64_t>(l));
-      const auto slice = [&](const at::Tensor& bias) {
-        Slice s{weight[l],
-                bias,
-                down[l],
-                up[l],
-                old_down[l],
-                old_up[l],
-                omega[l],
-                {},
-                constants_[i].scales[l],
-                constants_[i].omega_scales[l]};
-        if (probes.defined()) {
-          s.probe =
-              probes.select(1, static_cast<int64_t>(l)).narrow(0, group.first_type, group.types());
-        }
-        return s;
-      };
+      Slice s{weight[l],
+              bias[l],
+              down[l],
+              up[l],
+              old_down[l],
+              old_up[l],
+              omega[l],
+              {},
+              constants_[i].scales[l],
+              constants_[i].omega_scales[l]};
+      if (probes.defined()) {
+        s.probe =
+            probes.select(1, static_cast<int64_t>(l)).narrow(0, group.first_type, group.types());
+      }
       BlockProducts& of_block = products[l];
       if (group.kind == LoraGroup::Kind::kFc1) {
-        of_block.fc1 = product_of(slice(biases.fc1));
+        of_block.fc1 = product_of(std::move(s));
       } else if (group.kind == LoraGroup::Kind::kFc2) {
-        of_block.fc2 = product_of(slice(biases.fc2));
+        of_block.fc2 = product_of(std::move(s));
       } else {
-        const Slice attention = slice(at::cat({biases.qkv, biases.proj}));
-        of_block.proj = product_of(attention.matrices(3, 1));
+        of_block.proj = product_of(s.matrices(3, 1));
         if (static_cast<int64_t>(l) + 1 == vit_.depth()) {  // the class token alone leaves
-          of_block.query = product_of(attention.matrices(0, 1));
-          of_block.key_value = product_of(attention.matrices(1, 2));
+          of_block.query = product_of(s.matrices(0, 1));
+          of_block.key_value = product_of(s.matrices(1, 2));
         } else {
-          of_block.qkv = product_of(attention.matrices(0, 3));
+          of_block.qkv = product_of(s.matrices(0, 3));
         }
       }
     }

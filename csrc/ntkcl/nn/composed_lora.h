@@ -20,6 +20,7 @@ struct LoraGroup {
   const char* name = "";    // "attention", "fc1", "fc2"
   int64_t first_type = 0;   // place of its first in kMatrixTypes
   at::Tensor pretrained{};  // (L, g, out, in) W0
+  at::Tensor bias{};        // (L, g * out), in the type of products
   at::Tensor down{}, up{};  // (L, g, in, r), (L, g, r, out): A_t, B_t of the current module
   at::Tensor old_down{};    // (L, g, in, t r): A_0 ... A_{t-1} side by side
   at::Tensor old_up{};      // (L, g, t r, out)

@@ -44,15 +44,9 @@ at::Tensor composed_linear_autocast(const at::Tensor& x, const at::Tensor& weigh
   const auto cast = [&](const at::Tensor& t) {
     return cached_cast(at::autocast::get_autocast_dtype(device), t, device);
   };
-  const LowRankModules modules{.down = down,
-                               .up = up,
-                               .scale = scale.vec(),
-                               .old_down = old_down,
-                               .old_up = old_up,
-                               .omega = omega,
-                               .omega_scale = omega_scale.vec()};
   return composed_linear(cast(x), cast(weight), bias ? std::optional(cast(*bias)) : std::nullopt,
-                         modules, composed, probe);
+                         low_rank_modules(down, up, scale, old_down, old_up, omega, omega_scale),
+                         composed, probe);
 }
 
 at::Tensor section_cosine_autocast(const at::Tensor& x, const at::Tensor& prototypes,

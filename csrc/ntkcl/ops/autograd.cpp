@@ -66,13 +66,8 @@ struct ComposedLinearFunction : Function<ComposedLinearFunction> {
                             at::ArrayRef<double> omega_scale, bool composed,
                             const Optional& probe) {
     const AutoDispatchBelowADInplaceOrView guard;
-    const LowRankModules m{.down = down,
-                           .up = up,
-                           .scale = scale.vec(),
-                           .old_down = old_down,
-                           .old_up = old_up,
-                           .omega = omega,
-                           .omega_scale = omega_scale.vec()};
+    const LowRankModules m =
+        low_rank_modules(down, up, scale, old_down, old_up, omega, omega_scale);
     const at::Tensor used = composed ? weight : composed_weight(weight, m);
     context->save_for_backward({x, used, down, up, old_down.value_or(at::Tensor()),
                                 old_up.value_or(at::Tensor()), omega.value_or(at::Tensor())});
@@ -88,13 +83,10 @@ struct ComposedLinearFunction : Function<ComposedLinearFunction> {
     const auto optional = [](const Variable& v) {
       return v.defined() ? Optional(v) : std::nullopt;
     };
-    const LowRankModules m{.down = saved[2],
-                           .up = saved[3],
-                           .scale = context->saved_data["scale"].toDoubleVector(),
-                           .old_down = optional(saved[4]),
-                           .old_up = optional(saved[5]),
-                           .omega = optional(saved[6]),
-                           .omega_scale = context->saved_data["omega_scale"].toDoubleVector()};
+    const LowRankModules m =
+        low_rank_modules(saved[2], saved[3], context->saved_data["scale"].toDoubleVector(),
+                         optional(saved[4]), optional(saved[5]), optional(saved[6]),
+                         context->saved_data["omega_scale"].toDoubleVector());
     // The engine counts the tensors that were given; the result has a place for every argument.
     const bool bias = context->saved_data["bias"].toBool(), old = m.omega.has_value();
     const size_t down = bias ? 3 : 2, after_up = down + 2;

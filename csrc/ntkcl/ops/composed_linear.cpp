@@ -17,18 +17,6 @@ using Outputs =
 
 constexpr const char* kOp = "composed_linear";
 
-LowRankModules modules_of(const at::Tensor& down, const at::Tensor& up, at::ArrayRef<double> scale,
-                          const Optional& old_down, const Optional& old_up, const Optional& omega,
-                          at::ArrayRef<double> omega_scale) {
-  return {.down = down,
-          .up = up,
-          .scale = scale.vec(),
-          .old_down = old_down,
-          .old_up = old_up,
-          .omega = omega,
-          .omega_scale = omega_scale.vec()};
-}
-
 // ---- Checks ----
 
 void check_shape(std::string_view name, const at::Tensor& tensor, c10::SymIntArrayRef expected) {
@@ -176,7 +164,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const Optional
                    const at::Tensor& down, const at::Tensor& up, at::ArrayRef<double> scale,
                    const Optional& old_down, const Optional& old_up, const Optional& omega,
                    at::ArrayRef<double> omega_scale, bool composed, const Optional& probe) {
-  const LowRankModules m = modules_of(down, up, scale, old_down, old_up, omega, omega_scale);
+  const LowRankModules m = low_rank_modules(down, up, scale, old_down, old_up, omega, omega_scale);
   check_forward(x, weight, bias, m, probe);
   const at::Tensor used = composed ? weight : composed_weight(weight, m);
   return at::linear(x, used.flatten(0, 1), bias);
@@ -186,7 +174,7 @@ Outputs backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& 
                  const at::Tensor& down, const at::Tensor& up, at::ArrayRef<double> scale,
                  const Optional& old_down, const Optional& old_up, const Optional& omega,
                  at::ArrayRef<double> omega_scale, std::array<bool, kGradients> wanted) {
-  const LowRankModules m = modules_of(down, up, scale, old_down, old_up, omega, omega_scale);
+  const LowRankModules m = low_rank_modules(down, up, scale, old_down, old_up, omega, omega_scale);
   check_modules(weight, m);
   check_input(x, weight);
   // A backward pass may run inside torch.autocast, which would change the products' type.
@@ -238,8 +226,8 @@ at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& weight, const Opt
                         const at::Tensor& down, const at::Tensor& up, at::ArrayRef<double> scale,
                         const Optional& old_down, const Optional& old_up, const Optional& omega,
                         at::ArrayRef<double> omega_scale, bool, const Optional& probe) {
-  check_forward(x, weight, bias, modules_of(down, up, scale, old_down, old_up, omega, omega_scale),
-                probe);
+  check_forward(x, weight, bias,
+                low_rank_modules(down, up, scale, old_down, old_up, omega, omega_scale), probe);
   c10::SymDimVector sizes(x.sym_sizes());
   sizes.back() = weight.sym_size(0) * weight.sym_size(1);
   return at::empty_symint(sizes, x.options());
@@ -249,7 +237,7 @@ Outputs backward_meta(const at::Tensor& grad, const at::Tensor& x, const at::Ten
                       const at::Tensor& down, const at::Tensor& up, at::ArrayRef<double> scale,
                       const Optional& old_down, const Optional& old_up, const Optional& omega,
                       at::ArrayRef<double> omega_scale, std::array<bool, kGradients> wanted) {
-  check_modules(weight, modules_of(down, up, scale, old_down, old_up, omega, omega_scale));
+  check_modules(weight, low_rank_modules(down, up, scale, old_down, old_up, omega, omega_scale));
   check_input(x, weight);
   const auto like = [&](ComposedGradient kind, const at::Tensor& tensor,
                         c10::SymIntArrayRef sizes) {
@@ -275,6 +263,19 @@ using Backward = Outputs(const at::Tensor&, const at::Tensor&, const at::Tensor&
                          const Optional&, at::ArrayRef<double>, std::array<bool, kGradients>);
 
 }  // namespace
+
+LowRankModules low_rank_modules(const at::Tensor& down, const at::Tensor& up,
+                                at::ArrayRef<double> scale, const Optional& old_down,
+                                const Optional& old_up, const Optional& omega,
+                                at::ArrayRef<double> omega_scale) {
+  return {.down = down,
+          .up = up,
+          .scale = scale.vec(),
+          .old_down = old_down,
+          .old_up = old_up,
+          .omega = omega,
+          .omega_scale = omega_scale.vec()};
+}
 
 at::Tensor composed_weight(const at::Tensor& weight, const LowRankModules& m) {
   check_modules(weight, m);

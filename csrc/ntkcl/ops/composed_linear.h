@@ -24,6 +24,13 @@ struct LowRankModules {
   std::optional<at::Tensor> omega = {};     // (g, t)
   std::vector<double> omega_scale = {};     // (g)
 };
+// From the arguments of the operator's schema.
+LowRankModules low_rank_modules(const at::Tensor& down, const at::Tensor& up,
+                                at::ArrayRef<double> scale,
+                                const std::optional<at::Tensor>& old_down,
+                                const std::optional<at::Tensor>& old_up,
+                                const std::optional<at::Tensor>& omega,
+                                at::ArrayRef<double> omega_scale);
 
 // y = x W^T + bias, the g results of a row side by side:
 //

@@ -18,13 +18,12 @@ namespace {
 constexpr const char* kWhere = "lorac-ipc";
 constexpr double kHeadDeviation = 0.02;  // of the head's first weights
 constexpr double kForgotten = 1e-9;      // share of an importance that may be left out
+constexpr int64_t kQuery = 0, kKey = 1;  // places in nn::kMatrixTypes
 
 // (L, g) of a table (types, L), in the tensors' type.
 at::Tensor of_group(const at::Tensor& table, const nn::LoraGroup& group) {
   return table.narrow(0, group.first_type, group.types()).t().to(group.down.options());
 }
-
-enum MatrixType { kQuery, kKey };  // places in nn::kMatrixTypes
 
 Head copy_of(const Head& head) {
   const auto copy = [](const at::Tensor& t) { return t.defined() ? t.detach().clone() : t; };
