@@ -19,6 +19,7 @@ void init_lorac_ipc(py::module_& m);
 void init_methods(py::module_& m);
 void init_nn(py::module_& m);
 void init_optim(py::module_& m);
+void init_raa(py::module_& m);
 void init_scenario(py::module_& m);
 void init_stats(py::module_& m);
 void init_train(py::module_& m);

@@ -7,6 +7,7 @@
 #include "bindings.h"
 #include "ntkcl/core/error.h"
 #include "ntkcl/methods/ntk_cl/ntk_cl.h"
+#include "ntkcl/methods/raa/raa.h"
 #include "ntkcl/methods/table.h"
 #include "ntkcl/train/compute_setup.h"
 
@@ -73,30 +74,36 @@ class MethodSession : private methods::TaskServices {
     optimizer_ = groups.empty() ? nullptr : optim::make_optimizer(options_.optimizer, groups);
   }
 
-  // {"losses": {name: value}, "gradients": [of each parameter, in the groups' order]}
+  // {"losses": {name: value}, "gradients": [of each parameter, in the groups' order]} of the
+  // optimiser's last pass; "passes": the same of all.
   py::dict step(const at::Tensor& images, const at::Tensor& labels, double learning_rate,
                 bool with_gradients) {
     NTKCL_CHECK(optimizer_ != nullptr, "step", "this task trains nothing");
     const methods::Batch batch = to_device(images, labels);
-    methods::Losses losses;
-    std::vector<at::Tensor> gradients;
+    std::vector<methods::Losses> losses;
+    std::vector<std::vector<at::Tensor>> gradients;
     {
       const py::gil_scoped_release release;
       optimizer_->set_learning_rate(learning_rate);
       optimizer_->step([&](int pass) {
-        losses = method_->gradients(batch, {.step = step_, .pass = pass, .steps = steps_}, *this);
-        if (with_gradients) {
-          gradients = parameter_gradients();
-        }
+        losses.push_back(
+            method_->gradients(batch, {.step = step_, .pass = pass, .steps = steps_}, *this));
+        gradients.push_back(with_gradients ? parameter_gradients() : std::vector<at::Tensor>());
       });
     }
     ++step_;
-    py::dict values, result;
-    for (const auto& [name, tensor] : losses) {
-      values[py::str(name)] = tensor.item<double>();
+    py::list passes;
+    for (size_t pass = 0; pass < losses.size(); ++pass) {
+      py::dict values, of_pass;
+      for (const auto& [name, tensor] : losses[pass]) {
+        values[py::str(name)] = tensor.item<double>();
+      }
+      of_pass["losses"] = values;
+      of_pass["gradients"] = gradients[pass];
+      passes.append(of_pass);
     }
-    result["losses"] = values;
-    result["gradients"] = gradients;
+    py::dict result(passes[passes.size() - 1]);
+    result["passes"] = passes;
     return result;
   }
 
@@ -107,10 +114,13 @@ class MethodSession : private methods::TaskServices {
     }
   }
 
-  // NTK-CL's features of the two sub-networks and their fusion, by name.
+  // By name: NTK-CL's features of the two sub-networks and their fusion, RAA's of the merged branch.
   TensorDict features(const at::Tensor& images) const {
+    if (const auto* raa = dynamic_cast<const methods::raa::Raa*>(method_.get())) {
+      return {{"features", raa->features(images.to(vit_.options()))}};
+    }
     const auto* ntk_cl = dynamic_cast<const methods::ntk_cl::NtkCl*>(method_.get());
-    NTKCL_CHECK(ntk_cl, "features", "expected the method ntk-cl");
+    NTKCL_CHECK(ntk_cl, "features", "expected the method ntk-cl or raa");
     const methods::ntk_cl::Features f = ntk_cl->features(images.to(vit_.options()));
     TensorDict named{{"channel", f.channel}, {"patch", f.patch}, {"fused", f.fused}};
     std::erase_if(named, [](const auto& entry) { return !entry.second.defined(); });
@@ -121,11 +131,26 @@ class MethodSession : private methods::TaskServices {
     return method_->scores(images.to(vit_.options())).classes;
   }
   methods::Method& method() { return *method_; }
+  TensorDict optimizer_state() {
+    TensorDict state;
+    if (optimizer_) {
+      optimizer_->visit_state(
+          [&](const std::string& name, at::Tensor& value) { state[name] = value.clone(); });
+    }
+    return state;
+  }
 
  private:
   const methods::TaskInfo& task() const override { return info_; }
   methods::RandomSource& random() override { return *random_; }
   void for_each_image(const std::string&, const methods::BatchFn& fn) override { fn(images_); }
+  // The images are given: they are shuffled alone.
+  void for_each_augmented(const std::string&, const Draw& order,
+                          const methods::BatchFn& fn) override {
+    const at::Tensor places = random_->permutation(order, images_.labels.size(0));
+    const at::Tensor here = places.to(images_.labels.device());
+    fn({images_.images.index_select(0, here), images_.labels.index_select(0, here), places});
+  }
   void evaluate(const std::string&) override {}
   void progress(const std::string&, int64_t, int64_t) override {}
 
@@ -213,6 +238,7 @@ void init_methods(py::module_& m) {
            py::call_guard<py::gil_scoped_release>())
       .def("scores", &MethodSession::scores, py::arg("images"))
       .def("state", [](MethodSession& s) { return method_state(s.method()); })
+      .def("optimizer_state", &MethodSession::optimizer_state)
       .def(
           "load_state",
           [](MethodSession& s, TensorDict state) {

@@ -154,6 +154,7 @@ void init_nn(py::module_& m) {
         py::arg("section"), py::arg("heads") = 8, py::arg("head_mask") = std::nullopt,
         py::arg("dropout") = 0.0);
   m.attr("fusion_kinds") = nn::Fusion::kinds();
+  m.def("cosines", &nn::cosines, py::arg("x"), py::arg("weight"));
   m.def("cosine_logits", &nn::cosine_logits, py::arg("x"), py::arg("weight"), py::arg("sigma"));
 
   namespace losses = methods::ntk_cl;

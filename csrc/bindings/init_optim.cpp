@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "ntkcl/optim/gradient_clipping.h"
+#include "ntkcl/optim/kinds.h"
 #include "ntkcl/optim/optimizer.h"
 #include "ntkcl/optim/running_mean.h"
 #include "ntkcl/optim/schedule.h"
@@ -36,8 +37,9 @@ py::dict optimizer_state(Optimizer& optimizer) {
 
 void init_optimizer(py::module_& m) {
   py::class_<ParameterGroup>(m, "ParameterGroup", "Parameters that share their settings.")
-      .def(py::init<std::string, Tensors, double, bool>(), py::arg("name"), py::arg("parameters"),
-           py::arg("learning_rate_scale") = 1.0, py::arg("decays") = true)
+      .def(py::init<std::string, Tensors, double, bool, int64_t>(), py::arg("name"),
+           py::arg("parameters"), py::arg("learning_rate_scale") = 1.0, py::arg("decays") = true,
+           py::arg("stacked_dims") = 0)
       .def_readonly("name", &ParameterGroup::name)
       .def_readonly("parameters", &ParameterGroup::parameters)
       .def_readonly("learning_rate_scale", &ParameterGroup::learning_rate_scale)
@@ -87,6 +89,8 @@ void init_optim(py::module_& m) {
       py::arg("optimizer"), py::arg("options"), py::arg("base"), py::arg("epoch"),
       py::arg("epochs"),
       "Sets every group's rate from base times its learning_rate_scale; all share the floor.");
+  m.def("sam_plus_gamma", &optim::sam_plus_gamma, py::arg("cos"), py::arg("tau"),
+        "SAM+: clamp(tau (1 - exp(cos - 1)), 0, 1).");
   m.def(
       "clip_grad_norm_",
       [](const Tensors& parameters, double max_norm) {

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_C, m) {
   ntkcl::bindings::init_lorac_ipc(m);
   ntkcl::bindings::init_methods(m);
   ntkcl::bindings::init_optim(m);
+  ntkcl::bindings::init_raa(m);
   ntkcl::bindings::init_scenario(m);
   ntkcl::bindings::init_stats(m);
   ntkcl::bindings::init_train(m);

@@ -69,7 +69,8 @@ def bias_relu_dropout(
 
     Args:
         x: (..., r), float32, float64 or bfloat16. Copied first if it is not contiguous.
-        bias: (r), of x's type and device.
+        bias: (r), of x's type and device; or (g, r) for x (g, ..., r), one for each of g adapters
+            side by side.
         p: The probability of an element being dropped, 0 <= p < 1.
         key: One int64, on the CPU or on x's device (there a captured CUDA graph reads it anew at
             each replay). Use another key for each layer and step: any distinct numbers will do.

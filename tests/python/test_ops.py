@@ -344,6 +344,32 @@ def test_bias_relu_dropout_equals_pytorch(dtype, shape, dropout):
     assert_close(bias.grad, bias64.grad, dtype)
 
 
+GROUPED = [(1, 4, 8), (3, 5, 16), (2, 197, 64), (4, 3, 300), (3, 1000, 7), (2, 2, 3, 1031), (5, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", GROUPED)
+@pytest.mark.parametrize("dropout", ["none", "mask", "key"])
+def test_bias_relu_dropout_of_groups(dtype, shape, dropout):
+    x = random(*shape, dtype=dtype, requires_grad=True)
+    bias = random(shape[0], shape[-1], dtype=dtype, seed=1, requires_grad=True)
+    key = torch.tensor(77)
+    keep = None if dropout == "none" else philox_keep_mask(key, shape, P)
+    given = {"mask": {"mask": keep}, "key": {"key": key}, "none": {}}[dropout]
+    y = bias_relu_dropout(x, bias, P, **given)
+    x64, bias64 = (t.detach().double().requires_grad_() for t in (x, bias))
+    of_row = bias64.view(shape[0], *[1] * (len(shape) - 2), shape[-1])
+    expected = reference_bias_relu_dropout(x64, of_row, keep, P)
+    assert_close(y, expected, dtype)
+
+    grad = random(*shape, dtype=dtype, seed=2)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert_close(x.grad, x64.grad, dtype)
+    assert bias.grad.shape == bias.shape
+    assert_close(bias.grad, bias64.grad, dtype)
+
+
 def test_bias_relu_dropout_non_contiguous():
     # Element numbers are those of the contiguous copy.
     x = random(6, 5, 4).permute(2, 0, 1)
@@ -436,8 +462,9 @@ def test_bias_relu_dropout_errors():
     x, bias, key = torch.zeros(2, 3), torch.zeros(3), torch.tensor(1)
     mask = torch.ones(2, 3, dtype=torch.uint8)
     where = r"^\[bias_relu_dropout\] expected "
-    with pytest.raises(ValueError, match=where + r"bias of shape \[3\], got \[4\]"):
-        bias_relu_dropout(x, torch.zeros(4))
+    for wrong in ((4,), (3, 3), (2, 2), (1, 2, 3)):
+        with pytest.raises(ValueError, match=where + r"bias \(r\), or \(g, r\) .*, got \["):
+            bias_relu_dropout(x, torch.zeros(wrong))
     with pytest.raises(ValueError, match=where + r"x of shape \(\.\.\., r\), got a scalar"):
         bias_relu_dropout(torch.zeros(()), bias)
     with pytest.raises(TypeError, match=where + "x of float32, float64 or bfloat16, got Int"):
@@ -933,6 +960,22 @@ def test_cuda_bias_relu_dropout_equals_cpu(cuda, dtype, shape, dropout):
         elif dropout != "none":
             given["key"] = key if dropout == "host key" else key.to(device)
         y = bias_relu_dropout(x_here, bias_here, P, **given)
+        y.backward(x_here.detach())
+        outcomes.append([t.detach().cpu() for t in (y, x_here.grad, bias_here.grad)])
+    (y_cpu, dx_cpu, dbias_cpu), (y, dx, dbias) = outcomes
+    assert torch.equal(y, y_cpu)
+    assert torch.equal(dx, dx_cpu)
+    assert_close(dbias, dbias_cpu, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", GROUPED)
+def test_cuda_bias_relu_dropout_of_groups_equals_cpu(cuda, dtype, shape):
+    x, bias = random(*shape, dtype=dtype), random(shape[0], shape[-1], dtype=dtype, seed=1)
+    outcomes = []
+    for device in ("cpu", cuda):
+        x_here, bias_here = (t.to(device).requires_grad_() for t in (x, bias))
+        y = bias_relu_dropout(x_here, bias_here, P, key=torch.tensor(2))
         y.backward(x_here.detach())
         outcomes.append([t.detach().cpu() for t in (y, x_here.grad, bias_here.grad)])
     (y_cpu, dx_cpu, dbias_cpu), (y, dx, dbias) = outcomes

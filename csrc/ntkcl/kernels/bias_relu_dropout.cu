@@ -24,7 +24,7 @@ template <class T, Dropout kDropout, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(BiasReluDropout<T> args, int64_t column_step) {
   using C = Compute<T>;
-  const int64_t n = args.rows * args.width;
+  const int64_t n = args.rows * args.width, of_group = n / args.groups;
   const int64_t stride = 4 * int64_t{gridDim.x} * kThreads;
   const C scale = static_cast<C>(args.scale);
   uint64_t key = args.key;
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kThreads)
     // Bias, relu, scale.
     if constexpr (kVector) {
       const Vec4<T> x = load4(args.x + i);
-      const Vec4<T> bias = load4(args.bias + column);
+      const int64_t group = args.groups == 1 ? 0 : i / of_group;
+      const Vec4<T> bias = load4(args.bias + group * args.width + column);
       Vec4<T> y;
       for (int j = 0; j < 4; ++j) {
         const C v = relu(load(x.v[j]) + load(bias.v[j])) * scale;
@@ -65,7 +66,9 @@ __global__ void __launch_bounds__(kThreads)
       store4(args.y + i, y);
     } else {
       for (int j = 0; j < 4 && i + j < n; ++j) {
-        const C v = relu(load(args.x[i + j]) + load(args.bias[(column + j) % args.width])) * scale;
+        const int64_t group = args.groups == 1 ? 0 : (i + j) / of_group;
+        const T bias = args.bias[group * args.width + (column + j) % args.width];
+        const C v = relu(load(args.x[i + j]) + load(bias)) * scale;
         args.y[i + j] = store<T>(kept[j] ? v : C{0});
       }
     }
@@ -92,7 +95,7 @@ cudaError_t launch_forward(const BiasReluDropout<T>& args, cudaStream_t stream) 
 }
 
 // How the backward pass lies over the matrix: a block is `lanes` wide, each lane `elements`
-// columns, and kThreads / lanes rows high; blocks (tiles of columns, chunks of rows).
+// columns, and kThreads / lanes rows high; blocks (tiles of columns, chunks of rows, groups).
 constexpr int kMaxLanes = 32;
 constexpr int64_t kMaxChunks = 512;
 constexpr int64_t kRowsPerThread = 4;
@@ -114,8 +117,9 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ C sums[kThreads * kElements];
   const C scale = static_cast<C>(args.scale);
   const int64_t column = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kElements;
-  const int64_t first_row = int64_t{blockIdx.y} * chunk_rows;
-  const int64_t last_row = min(first_row + chunk_rows, args.rows);
+  const int64_t group_rows = args.rows / args.groups, group_row = blockIdx.z * group_rows;
+  const int64_t first_row = group_row + int64_t{blockIdx.y} * chunk_rows;
+  const int64_t last_row = min(first_row + chunk_rows, group_row + group_rows);
 
   C sum[kElements] = {};
   if (column < args.width) {
@@ -154,12 +158,13 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threadIdx.y == 0 && column < args.width) {
     for (int j = 0; j < kElements; ++j) {
-      workspace[int64_t{blockIdx.y} * args.width + column + j] = mine[j];
+      const int64_t chunk = int64_t{blockIdx.z} * gridDim.y + blockIdx.y;
+      workspace[chunk * args.width + column + j] = mine[j];
     }
   }
 }
 
-// dbias from the chunks' sums: a block is kMaxLanes columns wide.
+// dbias from the chunks' sums: a block is kMaxLanes columns wide; blocks (tiles, groups).
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     dbias_kernel(const Compute<T>* __restrict__ workspace, int64_t chunks, int64_t width,
@@ -171,7 +176,7 @@ __global__ void __launch_bounds__(kThreads)
   C sum = 0;
   if (column < width) {
     for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += kRows) {
-      sum += workspace[chunk * width + column];
+      sum += workspace[(blockIdx.y * chunks + chunk) * width + column];
     }
   }
   sums[threadIdx.y][threadIdx.x] = sum;
@@ -181,27 +186,29 @@ __global__ void __launch_bounds__(kThreads)
     for (int row = 0; row < kRows; ++row) {
       total += sums[row][threadIdx.x];
     }
-    dbias[column] = store<T>(total);
+    dbias[blockIdx.y * width + column] = store<T>(total);
   }
 }
 
 template <class T, int kElements>
 cudaError_t launch_backward(const BiasReluDropoutBackward<T>& args, Compute<T>* workspace,
                             cudaStream_t stream) {
-  const int64_t chunks = bias_relu_dropout_chunks(args.rows, args.width);
-  const int64_t chunk_rows = (args.rows + chunks - 1) / chunks;
+  const int64_t group_rows = args.rows / args.groups;
+  const int64_t chunks = bias_relu_dropout_chunks_cuda(group_rows, args.width);
+  const int64_t chunk_rows = (group_rows + chunks - 1) / chunks;
+  const auto groups = static_cast<unsigned>(args.groups);
   const int lanes = backward_lanes(args.width, kElements);
   const int64_t tiles = (args.width + lanes * kElements - 1) / (lanes * kElements);
   backward_kernel<T, kElements>
-      <<<dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(chunks)),
+      <<<dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(chunks), groups),
          dim3(lanes, kThreads / lanes), 0, stream>>>(args, chunk_rows, workspace);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
     return error;
   }
   const int64_t blocks = (args.width + kMaxLanes - 1) / kMaxLanes;
   dbias_kernel<T>
-      <<<static_cast<unsigned>(blocks), dim3(kMaxLanes, kThreads / kMaxLanes), 0, stream>>>(
-          workspace, chunks, args.width, args.dbias);
+      <<<dim3(static_cast<unsigned>(blocks), groups), dim3(kMaxLanes, kThreads / kMaxLanes), 0,
+         stream>>>(workspace, chunks, args.width, args.dbias);
   return cudaGetLastError();
 }
 
@@ -219,9 +226,9 @@ cudaError_t bias_relu_dropout_cuda(const BiasReluDropout<T>& args, cudaStream_t 
   }
 }
 
-int64_t bias_relu_dropout_chunks(int64_t rows, int64_t width) {
+int64_t bias_relu_dropout_chunks_cuda(int64_t group_rows, int64_t width) {
   const int64_t block_rows = kThreads / backward_lanes(width, 4) * kRowsPerThread;
-  return std::min((rows + block_rows - 1) / block_rows, kMaxChunks);
+  return std::min((group_rows + block_rows - 1) / block_rows, kMaxChunks);
 }
 
 template <class T>

@@ -69,18 +69,25 @@ NTKCL_LOOPS(BFloat16)
 template <class T>
 void bias_relu_dropout_cpu(const BiasReluDropout<T>& args, int64_t first_block,
                            int64_t last_block) {
-  const int64_t total = args.rows * args.width;
+  const int64_t total = args.rows * args.width, of_group = total / args.groups;
   const auto scale = static_cast<Compute<T>>(args.scale);
 
   // A short bias is repeated, so that rows need not be visited one by one.
   T repeated[2 * kKeepBlock];
   const bool narrow = args.width <= kKeepBlock;
-  if (narrow) {
-    for (int64_t i = 0; i < 2 * kKeepBlock; ++i) {
-      repeated[i] = args.bias[i % args.width];
+  const T* bias = nullptr;
+  int64_t group_end = 0;
+  const auto enter_group_of = [&](int64_t element) {
+    const int64_t group = element / of_group;
+    group_end = (group + 1) * of_group;
+    bias = args.bias + group * args.width;
+    if (narrow) {
+      for (int64_t i = 0; i < 2 * kKeepBlock; ++i) {
+        repeated[i] = bias[i % args.width];
+      }
+      bias = repeated;
     }
-  }
-  const T* bias = narrow ? repeated : args.bias;
+  };
 
   alignas(64) uint8_t drawn[kKeepBlock];
   for (int64_t block = first_block; block < last_block; ++block) {
@@ -94,8 +101,11 @@ void bias_relu_dropout_cpu(const BiasReluDropout<T>& args, int64_t first_block,
       keep = args.mask + begin;
     }
     for (int64_t i = begin; i < end;) {
-      const int64_t column = i % args.width;
-      const int64_t n = narrow ? end - i : std::min(end - i, args.width - column);
+      if (i >= group_end) {
+        enter_group_of(i);
+      }
+      const int64_t column = i % args.width, left = std::min(end, group_end) - i;
+      const int64_t n = narrow ? left : std::min(left, args.width - column);
       if (keep == nullptr) {
         forward(args.x + i, bias + column, args.y + i, n);
       } else {
@@ -106,8 +116,16 @@ void bias_relu_dropout_cpu(const BiasReluDropout<T>& args, int64_t first_block,
   }
 }
 
-int64_t bias_relu_dropout_chunk_rows(int64_t width) {
+namespace {
+
+int64_t chunk_rows(int64_t width) {
   return std::max<int64_t>(64, 32768 / std::max<int64_t>(width, 1));
+}
+
+}  // namespace
+
+int64_t bias_relu_dropout_chunks_cpu(int64_t group_rows, int64_t width) {
+  return (group_rows + chunk_rows(width) - 1) / chunk_rows(width);
 }
 
 // The chunk is read as lines: several short rows make a line, a long row is cut into tiles. Up to
@@ -116,9 +134,11 @@ template <class T>
 void bias_relu_dropout_backward_cpu(const BiasReluDropoutBackward<T>& args, int64_t chunk,
                                     double* partial) {
   const auto scale = static_cast<Compute<T>>(args.scale);
-  const int64_t first_row = chunk * bias_relu_dropout_chunk_rows(args.width);
-  const int64_t rows = std::min(bias_relu_dropout_chunk_rows(args.width), args.rows - first_row);
-  const int64_t begin = first_row * args.width;
+  const int64_t group_rows = args.rows / args.groups;
+  const int64_t chunks = bias_relu_dropout_chunks_cpu(group_rows, args.width);
+  const int64_t first_row = chunk % chunks * chunk_rows(args.width);
+  const int64_t rows = std::min(chunk_rows(args.width), group_rows - first_row);
+  const int64_t begin = (chunk / chunks * group_rows + first_row) * args.width;
   const int64_t end = begin + rows * args.width;
   const int64_t line = args.width * std::max<int64_t>(1, kTile / args.width);
 
@@ -138,12 +158,13 @@ void bias_relu_dropout_backward_cpu(const BiasReluDropoutBackward<T>& args, int6
 template <class T>
 void bias_relu_dropout_dbias_cpu(const BiasReluDropoutBackward<T>& args, const double* partials,
                                  int64_t chunks) {
-  for (int64_t column = 0; column < args.width; ++column) {
+  for (int64_t i = 0; i < args.groups * args.width; ++i) {
+    const double* partial = partials + i / args.width * chunks * args.width + i % args.width;
     double sum = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      sum += partials[chunk * args.width + column];
+      sum += partial[chunk * args.width];
     }
-    args.dbias[column] = store<T>(static_cast<Compute<T>>(sum));
+    args.dbias[i] = store<T>(static_cast<Compute<T>>(sum));
   }
 }
 

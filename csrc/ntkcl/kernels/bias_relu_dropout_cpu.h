@@ -12,15 +12,15 @@ namespace ntkcl::kernels {
 template <class T>
 void bias_relu_dropout_cpu(const BiasReluDropout<T>& args, int64_t first_block, int64_t last_block);
 
-// How many rows are summed into one partial bias gradient: a function of the width alone.
-int64_t bias_relu_dropout_chunk_rows(int64_t width);
+// The rows of each group are summed in so many chunks: a function of the sizes alone.
+int64_t bias_relu_dropout_chunks_cpu(int64_t group_rows, int64_t width);
 
-// dx of one chunk of rows; partial (width) is set to dx's column sums.
+// dx of one of the groups * chunks chunks of rows; partial (width) is set to dx's column sums.
 template <class T>
 void bias_relu_dropout_backward_cpu(const BiasReluDropoutBackward<T>& args, int64_t chunk,
                                     double* partial);
 
-// dbias from the partials (chunks, width).
+// dbias from the partials (groups, chunks, width).
 template <class T>
 void bias_relu_dropout_dbias_cpu(const BiasReluDropoutBackward<T>& args, const double* partials,
                                  int64_t chunks);

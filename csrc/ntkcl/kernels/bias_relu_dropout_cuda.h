@@ -12,8 +12,8 @@ template <class T>
 cudaError_t bias_relu_dropout_cuda(const BiasReluDropout<T>& args, cudaStream_t stream);
 
 // The backward pass sums dx's columns in two steps, without atomics, so that equal inputs give
-// equal bits. workspace: (bias_relu_dropout_chunks(rows, width), width).
-int64_t bias_relu_dropout_chunks(int64_t rows, int64_t width);
+// equal bits. workspace: (groups, bias_relu_dropout_chunks_cuda(rows / groups, width), width).
+int64_t bias_relu_dropout_chunks_cuda(int64_t group_rows, int64_t width);
 
 template <class T>
 cudaError_t bias_relu_dropout_backward_cuda(const BiasReluDropoutBackward<T>& args,

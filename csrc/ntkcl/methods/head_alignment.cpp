@@ -3,12 +3,11 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
-#include <cmath>
+#include <algorithm>
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/methods/head_training.h"
 #include "ntkcl/nn/frozen_mlp.h"
-#include "ntkcl/optim/optimizer.h"
-#include "ntkcl/optim/schedule.h"
 #include "ntkcl/stats/kmeans.h"
 
 namespace ntkcl::methods {
@@ -30,43 +29,6 @@ at::Tensor logits_of(const Head& head, const at::Tensor& features, int64_t seen)
     x = at::layer_norm(x, {x.size(1)}, head.norm_weight, head.norm_bias, nn::kLayerNormEps);
   }
   return at::linear(x, head.weight.narrow(0, 0, seen), head.bias.narrow(0, 0, seen));
-}
-
-// Requires gradients of tensors while it lives.
-class Training {
- public:
-  explicit Training(std::vector<at::Tensor> tensors) : tensors_(std::move(tensors)) {
-    for (const at::Tensor& tensor : tensors_) {
-      tensor.requires_grad_(true);
-    }
-  }
-  ~Training() {
-    for (const at::Tensor& tensor : tensors_) {
-      tensor.mutable_grad().reset();
-      tensor.requires_grad_(false);
-    }
-  }
-  Training(const Training&) = delete;
-  Training& operator=(const Training&) = delete;
-
- private:
-  std::vector<at::Tensor> tensors_;
-};
-
-// One copy to the host for all steps.
-std::vector<double> finite_values(const std::vector<at::Tensor>& losses) {
-  if (losses.empty()) {
-    return {};
-  }
-  const at::Tensor host = at::stack(losses).to(at::kCPU, at::kDouble);
-  const double* values = host.const_data_ptr<double>();
-  const std::vector<double> result(values, values + losses.size());
-  for (size_t step = 0; step < result.size(); ++step) {
-    if (!std::isfinite(result[step])) {
-      NTKCL_FAIL(NumericalError, kWhere, "the cross-entropy is ", result[step], " at step ", step);
-    }
-  }
-  return result;
 }
 
 void check_alignment(const Head& head, const FeatureClusters& clusters, int64_t n_old) {
@@ -108,42 +70,25 @@ std::vector<double> align_head(Head head, const FeatureClusters& clusters, int64
   check_alignment(head, clusters, n_old);
   const int64_t seen = clusters.means.size(0), rows = options.rows;
   const int64_t of_class = clusters.means.size(1) * rows;
-  const at::AutoGradMode record(true);
-  const std::vector<at::Tensor> parameters = trained(head);
-  const Training training(parameters);
-  optim::OptimizerOptions sgd;
-  sgd.kind = "sgd";
-  sgd.momentum = options.momentum;
-  sgd.weight_decay = 0;
-  const auto optimizer = optim::make_optimizer(sgd, {{.name = "head", .parameters = parameters}});
-
   const at::Tensor means = clusters.means.flatten(0, 1);
   const at::Tensor deviations = (clusters.variances.flatten(0, 1) + kVarianceFloor).sqrt();
   const at::Tensor usable = usable_draws(clusters, rows);
   const int64_t used = std::min(n_old * rows, usable.size(0));
-  const optim::ScheduleOptions cosine;  // to 0, by epochs
-  std::vector<at::Tensor> losses;
-  for (int64_t epoch = 0; epoch < options.epochs; ++epoch) {
-    optim::schedule_learning_rates(*optimizer, cosine, options.learning_rate, epoch,
-                                   options.epochs);
+  const auto draw = [&](int64_t epoch) -> LabelledFeatures {
     const at::Tensor order = draws.permutation(epoch, usable.size(0)).narrow(0, 0, used);
     const at::Tensor numbers = usable.index_select(0, order);
     const at::Tensor cluster = numbers.div(rows, "floor").to(means.device());
-    const at::Tensor features = means.index_select(0, cluster) +
-                                deviations.index_select(0, cluster) * draws.normals(epoch, numbers);
-    const at::Tensor labels = numbers.div(of_class, "floor").to(means.device());
-    for (int64_t first = 0; first < used; first += rows) {
-      const int64_t count = std::min(rows, used - first);
-      optimizer->step([&](int) {
-        const at::Tensor loss =
-            at::cross_entropy_loss(logits_of(head, features.narrow(0, first, count), seen),
-                                   labels.narrow(0, first, count));
-        losses.push_back(loss.detach());
-        loss.backward();
-      });
-    }
-  }
-  return finite_values(losses);
+    return {means.index_select(0, cluster) +
+                deviations.index_select(0, cluster) * draws.normals(epoch, numbers),
+            numbers.div(of_class, "floor").to(means.device())};
+  };
+  return train_head(trained(head), [&](const at::Tensor& x) { return logits_of(head, x, seen); },
+                    draw,
+                    {.epochs = options.epochs,
+                     .learning_rate = options.learning_rate,
+                     .momentum = options.momentum,
+                     .rows = rows})
+      .losses;
 }
 
 }  // namespace ntkcl::methods

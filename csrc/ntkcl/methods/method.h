@@ -74,6 +74,9 @@ class TaskServices {
   // The task's training images under the test transform, in a fixed order. `activity` names it to
   // the one who watches the progress.
   virtual void for_each_image(const std::string& activity, const BatchFn& fn) = 0;
+  // The same as an epoch of training reads them: augmented, in an order drawn for `order`.
+  virtual void for_each_augmented(const std::string& activity, const Draw& order,
+                                  const BatchFn& fn) = 0;
   // An evaluation beside that at the task's end, reported under `tag`.
   virtual void evaluate(const std::string& tag) = 0;
   // For work without images: tells how far it is, and ends the run where the user wants that.

@@ -3,6 +3,7 @@
 #include "ntkcl/core/error.h"
 #include "ntkcl/methods/lorac_ipc/lorac_ipc.h"
 #include "ntkcl/methods/ntk_cl/ntk_cl.h"
+#include "ntkcl/methods/raa/raa.h"
 #include "ntkcl/methods/simple_cil/simple_cil.h"
 
 namespace ntkcl::methods {
@@ -20,6 +21,13 @@ std::unique_ptr<Method> make_lorac_ipc(const OptionMap& values, const nn::Vision
   lorac_ipc::Options options;
   apply(values, options, "lorac_ipc");
   return std::make_unique<lorac_ipc::LoracIpc>(options, vit, tasks);
+}
+
+std::unique_ptr<Method> make_raa(const OptionMap& values, const nn::VisionTransformer& vit, int64_t,
+                                 RandomSource& random) {
+  raa::Options options;
+  apply(values, options, "raa");
+  return std::make_unique<raa::Raa>(options, vit, random);
 }
 
 struct NoOptions {
@@ -57,6 +65,19 @@ const std::vector<MethodEntry>& method_table() {
         {"hold_epochs", int64_t{1}}},
        {{"release", lorac_ipc::release_values()}, {"corrected", {}}},
        make_lorac_ipc},
+      {"raa",
+       "raa",
+       "adapter branches and a random mixture of them, SAM+, prototype drift, alignment of the "
+       "head "
+       "on class Gaussians",
+       describe<raa::Options>(),
+       {{"optimizer", std::string("sam+")},
+        {"learning_rate", 0.01},
+        {"batch_size", int64_t{48}},
+        {"initial_epochs", int64_t{20}},
+        {"epochs", int64_t{10}}},
+       {{"release", raa::release_values()}, {"corrected", {}}},
+       make_raa},
       {"simple-cil",
        "simple_cil",
        "class means of the frozen backbone, the baseline without training",

@@ -8,8 +8,12 @@ at::Tensor unit_rows(const at::Tensor& x) {
   return x / at::linalg_vector_norm(x, 2, {-1}, /*keepdim=*/true).clamp_min(1e-12);
 }
 
+at::Tensor cosines(const at::Tensor& x, const at::Tensor& weight) {
+  return at::linear(unit_rows(x), unit_rows(weight));
+}
+
 at::Tensor cosine_logits(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& sigma) {
-  return sigma * at::linear(unit_rows(x), unit_rows(weight));
+  return sigma * cosines(x, weight);
 }
 
 }  // namespace ntkcl::nn

@@ -46,12 +46,14 @@ struct BiasReluDropoutFunction : Function<BiasReluDropoutFunction> {
     const at::Tensor y = bias_relu_dropout(x, bias, mask, key, p);
     context->save_for_backward({y});
     context->saved_data["p"] = mask || key ? p : 0.0;
+    context->saved_data["groups"] = bias.dim() == 2 ? bias.size(0) : int64_t{0};
     return y;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const at::Tensor y = context->get_saved_variables()[0];
-    auto [dx, dbias] = bias_relu_dropout_backward(grads[0], y, context->saved_data["p"].toDouble());
+    auto [dx, dbias] = bias_relu_dropout_backward(grads[0], y, context->saved_data["p"].toDouble(),
+                                                  context->saved_data["groups"].toInt());
     return {dx, dbias, Variable(), Variable(), Variable()};
   }
 };

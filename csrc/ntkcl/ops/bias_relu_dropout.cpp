@@ -20,8 +20,10 @@ void check_bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias,
   check_floating(op, "x", x);
   NTKCL_OP_CHECK(x.dim() >= 1, op, "expected x of shape (..., r), got a scalar");
   check_like(op, "bias", bias, "x", x);
-  NTKCL_OP_CHECK(bias.dim() == 1 && bias.sym_size(0) == x.sym_size(-1), op,
-                 "expected bias of shape [", x.sym_size(-1), "], got ", bias.sym_sizes());
+  const bool grouped = bias.dim() == 2 && x.dim() >= 2 && bias.sym_size(0) == x.sym_size(0);
+  NTKCL_OP_CHECK((bias.dim() == 1 || grouped) && bias.sym_size(-1) == x.sym_size(-1), op,
+                 "expected bias (r), or (g, r) for the g = first dimension, of x ", x.sym_sizes(),
+                 ", got ", bias.sym_sizes());
   check_dropout_probability(op, p);
   NTKCL_OP_CHECK(!(mask && key), op, "expected a mask or a key, got both");
   if (mask) {
@@ -39,18 +41,28 @@ void check_bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias,
   }
 }
 
-void check_bias_relu_dropout_backward(const at::Tensor& grad, const at::Tensor& y, double p) {
+void check_bias_relu_dropout_backward(const at::Tensor& grad, const at::Tensor& y, double p,
+                                      int64_t groups) {
   const char* op = "bias_relu_dropout_backward";
   check_floating(op, "y", y);
   NTKCL_OP_CHECK(y.dim() >= 1, op, "expected y of shape (..., r), got a scalar");
   check_like(op, "grad", grad, "y", y);
   check_same_shape(op, "grad", grad, "y", y);
   check_dropout_probability(op, p);
+  NTKCL_OP_CHECK(groups == 0 || (groups > 0 && y.dim() >= 2 && y.sym_size(0) == groups), op,
+                 "expected 0 groups, or the first dimension of y ", y.sym_sizes(), ", got ",
+                 groups);
 }
 
 }  // namespace detail
 
 namespace {
+
+// Shape of the bias.
+template <class Int>
+std::vector<Int> bias_sizes(int64_t groups, Int width) {
+  return groups > 0 ? std::vector<Int>{groups, width} : std::vector<Int>{width};
+}
 
 at::Tensor bias_relu_dropout_meta(const at::Tensor& x, const at::Tensor& bias,
                                   const std::optional<at::Tensor>& mask,
@@ -60,10 +72,11 @@ at::Tensor bias_relu_dropout_meta(const at::Tensor& x, const at::Tensor& bias,
 }
 
 std::tuple<at::Tensor, at::Tensor> bias_relu_dropout_backward_meta(const at::Tensor& grad,
-                                                                   const at::Tensor& y, double p) {
-  detail::check_bias_relu_dropout_backward(grad, y, p);
+                                                                   const at::Tensor& y, double p,
+                                                                   int64_t groups) {
+  detail::check_bias_relu_dropout_backward(grad, y, p, groups);
   return {at::empty_symint(y.sym_sizes(), y.options()),
-          at::empty_symint({y.sym_size(-1)}, y.options())};
+          at::empty_symint(bias_sizes<c10::SymInt>(groups, y.sym_size(-1)), y.options())};
 }
 
 at::Tensor bias_relu_dropout_cpu(const at::Tensor& x, const at::Tensor& bias,
@@ -83,7 +96,8 @@ at::Tensor bias_relu_dropout_cpu(const at::Tensor& x, const at::Tensor& bias,
                                      .bias = elements<T>(bias_dense),
                                      .y = mutable_elements<T>(y),
                                      .rows = y.numel() / y.size(-1),
-                                     .width = y.size(-1)};
+                                     .width = y.size(-1),
+                                     .groups = bias.dim() == 2 ? bias.size(0) : 1};
     if (mask) {
       args.dropout = kernels::Dropout::kMask;
       args.scale = 1 / (1 - p);
@@ -103,13 +117,14 @@ at::Tensor bias_relu_dropout_cpu(const at::Tensor& x, const at::Tensor& bias,
 }
 
 std::tuple<at::Tensor, at::Tensor> bias_relu_dropout_backward_cpu(const at::Tensor& grad,
-                                                                  const at::Tensor& y, double p) {
-  detail::check_bias_relu_dropout_backward(grad, y, p);
+                                                                  const at::Tensor& y, double p,
+                                                                  int64_t groups) {
+  detail::check_bias_relu_dropout_backward(grad, y, p, groups);
   const at::Tensor dx = at::empty(y.sizes(), y.options());
+  const at::Tensor dbias = at::zeros(bias_sizes(groups, y.size(-1)), y.options());
   if (y.numel() == 0) {
-    return {dx, at::zeros({y.size(-1)}, y.options())};
+    return {dx, dbias};
   }
-  const at::Tensor dbias = at::empty({y.size(-1)}, y.options());
   const at::Tensor grad_dense = grad.contiguous();
   const at::Tensor y_dense = y.contiguous();
   with_element_type(y.scalar_type(), [&](auto element) {
@@ -120,12 +135,14 @@ std::tuple<at::Tensor, at::Tensor> bias_relu_dropout_backward_cpu(const at::Tens
                                                    .dbias = mutable_elements<T>(dbias),
                                                    .rows = y.numel() / y.size(-1),
                                                    .width = y.size(-1),
+                                                   .groups = std::max<int64_t>(groups, 1),
                                                    .scale = 1 / (1 - p)};
-    const int64_t chunk_rows = kernels::bias_relu_dropout_chunk_rows(args.width);
-    const int64_t chunks = (args.rows + chunk_rows - 1) / chunk_rows;
-    const at::Tensor partials = at::empty({chunks, args.width}, y.options().dtype(at::kDouble));
+    const int64_t chunks =
+        kernels::bias_relu_dropout_chunks_cpu(args.rows / args.groups, args.width);
+    const at::Tensor partials =
+        at::empty({args.groups, chunks, args.width}, y.options().dtype(at::kDouble));
     double* partial = mutable_elements<double>(partials);
-    at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, args.groups * chunks, 1, [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
         kernels::bias_relu_dropout_backward_cpu(args, chunk, partial + chunk * args.width);
       }
@@ -147,10 +164,11 @@ at::Tensor bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias,
 }
 
 std::tuple<at::Tensor, at::Tensor> bias_relu_dropout_backward(const at::Tensor& grad,
-                                                              const at::Tensor& y, double p) {
+                                                              const at::Tensor& y, double p,
+                                                              int64_t groups) {
   static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor>(
-      const at::Tensor&, const at::Tensor&, double)>("bias_relu_dropout_backward");
-  return op.call(grad, y, p);
+      const at::Tensor&, const at::Tensor&, double, int64_t)>("bias_relu_dropout_backward");
+  return op.call(grad, y, p, groups);
 }
 
 TORCH_LIBRARY_IMPL(ntkcl, Meta, m) {

@@ -30,7 +30,8 @@ at::Tensor bias_relu_dropout_cuda(const at::Tensor& x, const at::Tensor& bias,
                                      .bias = elements<T>(bias_dense),
                                      .y = mutable_elements<T>(y),
                                      .rows = y.numel() / y.size(-1),
-                                     .width = y.size(-1)};
+                                     .width = y.size(-1),
+                                     .groups = bias.dim() == 2 ? bias.size(0) : 1};
     if (mask) {
       args.dropout = kernels::Dropout::kMask;
       args.scale = 1 / (1 - p);
@@ -51,14 +52,16 @@ at::Tensor bias_relu_dropout_cuda(const at::Tensor& x, const at::Tensor& bias,
 }
 
 std::tuple<at::Tensor, at::Tensor> bias_relu_dropout_backward_cuda(const at::Tensor& grad,
-                                                                   const at::Tensor& y, double p) {
-  detail::check_bias_relu_dropout_backward(grad, y, p);
+                                                                   const at::Tensor& y, double p,
+                                                                   int64_t groups) {
+  detail::check_bias_relu_dropout_backward(grad, y, p, groups);
   const c10::cuda::CUDAGuard guard(y.device());
   const at::Tensor dx = at::empty(y.sizes(), y.options());
+  const at::Tensor dbias = groups > 0 ? at::zeros({groups, y.size(-1)}, y.options())
+                                      : at::zeros({y.size(-1)}, y.options());
   if (y.numel() == 0) {
-    return {dx, at::zeros({y.size(-1)}, y.options())};
+    return {dx, dbias};
   }
-  const at::Tensor dbias = at::empty({y.size(-1)}, y.options());
   const at::Tensor grad_dense = grad.contiguous();
   const at::Tensor y_dense = y.contiguous();
   with_element_type(y.scalar_type(), [&](auto element) {
@@ -69,10 +72,12 @@ std::tuple<at::Tensor, at::Tensor> bias_relu_dropout_backward_cuda(const at::Ten
                                                    .dbias = mutable_elements<T>(dbias),
                                                    .rows = y.numel() / y.size(-1),
                                                    .width = y.size(-1),
+                                                   .groups = std::max<int64_t>(groups, 1),
                                                    .scale = 1 / (1 - p)};
-    const at::Tensor workspace =
-        at::empty({kernels::bias_relu_dropout_chunks(args.rows, args.width), args.width},
-                  y.options().dtype(compute_type(y.scalar_type())));
+    const int64_t chunks =
+        kernels::bias_relu_dropout_chunks_cuda(args.rows / args.groups, args.width);
+    const at::Tensor workspace = at::empty({args.groups, chunks, args.width},
+                                           y.options().dtype(compute_type(y.scalar_type())));
     C10_CUDA_CHECK(kernels::bias_relu_dropout_backward_cuda(
         args, mutable_elements<kernels::Compute<T>>(workspace), c10::cuda::getCurrentCUDAStream()));
   });

@@ -27,7 +27,9 @@ TORCH_LIBRARY(ntkcl, m) {
       "attention_backward(Tensor grad, Tensor qkv, int heads, Tensor? gate, int prompts)"
       " -> (Tensor, Tensor)");
   m.def("bias_relu_dropout(Tensor x, Tensor bias, Tensor? mask, Tensor? key, float p) -> Tensor");
-  m.def("bias_relu_dropout_backward(Tensor grad, Tensor y, float p) -> (Tensor, Tensor)");
+  m.def(
+      "bias_relu_dropout_backward(Tensor grad, Tensor y, float p, int groups)"
+      " -> (Tensor, Tensor)");
   m.def(
       "composed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up,"
       " float[] scale, Tensor? old_down=None, Tensor? old_up=None, Tensor? omega=None,"

@@ -24,6 +24,8 @@ struct ParameterGroup {
   std::vector<at::Tensor> parameters;
   double learning_rate_scale = 1.0;
   bool decays = true;  // false: no weight decay
+  // Leading dimensions over which each parameter is a stack of tensors that SAM+ tells apart.
+  int64_t stacked_dims = 0;
 };
 
 struct OptimizerOptions {

@@ -101,23 +101,38 @@ class Sam : public Optimizer {
     }
   }
 
-  // Steps 6 and 7: gamma_j = clamp(tau (1 - exp(cos_j - 1)), 0, 1). Rounding can give cos > 1.
-  std::vector<at::Tensor> gammas(const std::vector<at::Tensor>& ascent) const {
-    const std::vector<at::Tensor> v = flat(momentum_);
-    std::vector<at::Tensor> products;
-    for (size_t j = 0; j < v.size(); ++j) {
-      products.push_back(at::dot(v[j].flatten(), ascent[j].flatten()));
+  // A tensor of group g as rows, one for each tensor that it stacks.
+  at::Tensor rows(size_t g, const at::Tensor& tensor) const {
+    int64_t count = 1;
+    for (int64_t d = 0; d < groups()[g].stacked_dims; ++d) {
+      count *= tensor.size(d);
     }
+    return tensor.reshape({count, -1});
+  }
+
+  // Steps 6 and 7, (rows) of every parameter.
+  std::vector<at::Tensor> gammas(const std::vector<at::Tensor>& ascent) const {
+    std::vector<at::Tensor> products, v_norms, e_norms;
+    std::vector<int64_t> counts;
+    for (size_t g = 0; g < momentum_.size(); ++g) {
+      for (const at::Tensor& momentum : momentum_[g]) {
+        const at::Tensor v = rows(g, momentum), e = rows(g, ascent[products.size()]);
+        products.push_back(at::linalg_vecdot(v, e));
+        v_norms.push_back(at::linalg_vector_norm(v, 2, {1}));
+        e_norms.push_back(at::linalg_vector_norm(e, 2, {1}));
+        counts.push_back(v.size(0));
+      }
+    }
+    const at::Tensor product = at::cat(products), v_norm = at::cat(v_norms);
     at::Tensor cos;
     if (options_.gamma == "global") {
-      cos = cosine(at::stack(products).sum(), total_norm(v), total_norm(ascent));
-      cos = cos.expand({static_cast<int64_t>(v.size())});
+      cos = cosine(product.sum(), at::linalg_vector_norm(v_norm),
+                   at::linalg_vector_norm(at::cat(e_norms)))
+                .expand_as(product);
     } else {
-      cos = cosine(at::stack(products), at::stack(at::_foreach_norm(v, 2)),
-                   at::stack(at::_foreach_norm(ascent, 2)));
+      cos = cosine(product, v_norm, at::cat(e_norms));
     }
-    const at::Tensor gamma = at::clamp(options_.tau * -at::expm1(cos - 1), 0, 1);
-    return gamma.to(v[0].scalar_type()).unbind();
+    return sam_plus_gamma(cos, options_.tau).to(product.scalar_type()).split_with_sizes(counts);
   }
 
   // Step 8: theta_j <- theta_j - lr gamma_j v_j; gamma 1 where none is given.
@@ -130,7 +145,8 @@ class Sam : public Optimizer {
         continue;
       }
       for (size_t i = 0; i < parameters.size(); ++i) {
-        parameters[i].addcmul_(momentum_[g][i], gamma[j++], -learning_rate(g));
+        rows(g, parameters[i])
+            .addcmul_(rows(g, momentum_[g][i]), gamma[j++].unsqueeze(1), -learning_rate(g));
       }
     }
   }
@@ -141,6 +157,10 @@ class Sam : public Optimizer {
 };
 
 }  // namespace
+
+at::Tensor sam_plus_gamma(const at::Tensor& cos, double tau) {
+  return at::clamp(tau * -at::expm1(cos - 1), 0, 1);  // rounding can give cos > 1
+}
 
 std::unique_ptr<Optimizer> make_sam(const OptimizerOptions& options,
                                     std::vector<ParameterGroup> groups) {

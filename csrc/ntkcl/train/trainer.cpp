@@ -238,16 +238,9 @@ void Trainer::train_task(std::vector<optim::ParameterGroup> groups) {
 void Trainer::train_epoch(optim::Optimizer& optimizer, int64_t epoch, int64_t epochs,
                           double learning_rate) {
   const Stopwatch watch;
-  const std::vector<int64_t> images = images_of(train_images_, info_.n_old, info_.n_new);
-  const at::Tensor order =
-      random_->permutation({"order", info_.index, epoch}, static_cast<int64_t>(images.size()));
-  std::vector<int64_t> shuffled;
-  for (const int64_t place : at::IntArrayRef(order.const_data_ptr<int64_t>(), images.size())) {
-    shuffled.push_back(images.at(static_cast<size_t>(place)));
-  }
   epoch_losses_.clear();
-  train_loader_->start(data::View::kAugmented, std::move(shuffled), options_.batch_size,
-                       random_->key({"augmentation", info_.index, epoch}));
+  train_loader_->start(data::View::kAugmented, shuffled_images({"order", info_.index, epoch}),
+                       options_.batch_size, random_->key({"augmentation", info_.index, epoch}));
   data::LoadedBatch loaded;
   int64_t seen = 0;
   const int64_t steps = steps_of(info_.index);
@@ -314,23 +307,47 @@ void Trainer::report_step(const std::map<std::string, double>& losses, int64_t e
                 {"losses", losses}});
 }
 
-// ---- Test views ----
+// ---- Passes without gradients ----
 
 void Trainer::for_each_image(const std::string& activity, const methods::BatchFn& fn) {
-  for_each_test_view(*train_loader_, *data_.train,
-                     images_of(train_images_, info_.n_old, info_.n_new), activity, fn);
+  for_each_view({.loader = *train_loader_,
+                 .store = *data_.train,
+                 .images = images_of(train_images_, info_.n_old, info_.n_new)},
+                activity, fn);
 }
 
-void Trainer::for_each_test_view(data::Loader& loader, const data::ImageStore& store,
-                                 const std::vector<int64_t>& images, const std::string& activity,
+void Trainer::for_each_augmented(const std::string& activity, const methods::Draw& order,
                                  const methods::BatchFn& fn) {
+  methods::Draw augmentation = order;
+  augmentation.purpose += ".augmentation";
+  for_each_view({.loader = *train_loader_,
+                 .store = *data_.train,
+                 .images = shuffled_images(order),
+                 .view = data::View::kAugmented,
+                 .key = random_->key(augmentation)},
+                activity, fn);
+}
+
+std::vector<int64_t> Trainer::shuffled_images(const methods::Draw& order) {
+  const std::vector<int64_t> images = images_of(train_images_, info_.n_old, info_.n_new);
+  const at::Tensor places = random_->permutation(order, static_cast<int64_t>(images.size()));
+  std::vector<int64_t> shuffled;
+  for (const int64_t place : at::IntArrayRef(places.const_data_ptr<int64_t>(), images.size())) {
+    shuffled.push_back(images.at(static_cast<size_t>(place)));
+  }
+  return shuffled;
+}
+
+void Trainer::for_each_view(Reading reading, const std::string& activity,
+                            const methods::BatchFn& fn) {
   const at::NoGradGuard no_grad;
-  const auto count = static_cast<int64_t>(images.size());
-  loader.start(data::View::kTest, images, options_.evaluation_batch_size, 0);
+  const auto count = static_cast<int64_t>(reading.images.size());
+  reading.loader.start(reading.view, std::move(reading.images), options_.evaluation_batch_size,
+                       reading.key);
   data::LoadedBatch loaded;
   int64_t done = 0;
-  while (loader.next(loaded)) {
-    fn(to_device(loaded, store));
+  while (reading.loader.next(loaded)) {
+    fn(to_device(loaded, reading.store));
     done += loaded.indices.size(0);
     progress(activity, done, count);
   }
@@ -347,8 +364,9 @@ class Trainer::SeenTestImages : public methods::TestImages {
 
   const std::vector<int64_t>& numbers() const override { return numbers_; }
   void for_each_batch(const std::vector<int64_t>& numbers, const methods::BatchFn& fn) override {
-    trainer_.for_each_test_view(*trainer_.test_loader_, *trainer_.test_store_, numbers, activity_,
-                                fn);
+    trainer_.for_each_view(
+        {.loader = *trainer_.test_loader_, .store = *trainer_.test_store_, .images = numbers},
+        activity_, fn);
   }
 
  private:

@@ -56,6 +56,8 @@ class Trainer : private methods::TaskServices {
   const methods::TaskInfo& task() const override { return info_; }
   methods::RandomSource& random() override { return *random_; }
   void for_each_image(const std::string& activity, const methods::BatchFn& fn) override;
+  void for_each_augmented(const std::string& activity, const methods::Draw& order,
+                          const methods::BatchFn& fn) override;
   void evaluate(const std::string& tag) override;
   void progress(const std::string& activity, int64_t done, int64_t count) override;
 
@@ -83,10 +85,17 @@ class Trainer : private methods::TaskServices {
                                  int64_t count) const;
   methods::Batch to_device(const data::LoadedBatch& loaded, const data::ImageStore& store) const;
   at::Tensor normalised(const at::Tensor& images) const;
-  // Every batch of one pass without augmentation.
-  void for_each_test_view(data::Loader& loader, const data::ImageStore& store,
-                          const std::vector<int64_t>& images, const std::string& activity,
-                          const methods::BatchFn& fn);
+  // What a pass without gradients reads.
+  struct Reading {
+    data::Loader& loader;
+    const data::ImageStore& store;
+    std::vector<int64_t> images;
+    data::View view = data::View::kTest;
+    uint64_t key = 0;  // of the augmentation
+  };
+  void for_each_view(Reading reading, const std::string& activity, const methods::BatchFn& fn);
+  // Images of the task's classes in the order of a random draw.
+  std::vector<int64_t> shuffled_images(const methods::Draw& order);
 
   TrainOptions options_;
   at::Device device_;

@@ -1,0 +1,83 @@
+#pragma once
+
+#include "ntkcl/methods/method.h"
+#include "ntkcl/methods/raa/options.h"
+#include "ntkcl/nn/adapter_branches.h"
+#include "ntkcl/stats/class_gaussians.h"
+
+namespace ntkcl::methods::raa {
+
+// Each row's CosFace loss, (n): CE(S (z - m onehot_y), y) with z the cosines of features (n, C) and
+// weight (classes, C) (specification section 3.1).
+at::Tensor cosface(const at::Tensor& features, const at::Tensor& weight, const at::Tensor& labels,
+                   double scale, double margin);
+
+// (L, n), each row positive and of sum 1, for uniform draws u (L, n): u / sum u, or -log(1 - u) in
+// their place for a flat Dirichlet (section 2.2).
+at::Tensor shares_of(const at::Tensor& uniform, const std::string& kind);
+
+// Random Amalgamation of Adapters (Deng et al., AAAI-26): adapter branches beside a random mixture
+// of them, trained with SAM+ and merged after every task; old prototypes move with the features,
+// and the cosine head is aligned on class Gaussians.
+class Raa : public Method {
+ public:
+  Raa(Options options, const nn::VisionTransformer& vit, RandomSource& random);
+
+  // Groups "adapters" (branches that train) and "head" (a block of weights for each task).
+  std::vector<optim::ParameterGroup> before_task(TaskServices& services) override;
+  Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) override;
+  std::vector<std::string> stages(const TaskInfo& task) const override;
+  void run_stage(const std::string& stage, TaskServices& services) override;
+  Scores scores(const at::Tensor& images) const override;
+  void visit_state(const StateVisitor& visitor) override;
+
+  // Class features (B, C) of the merged branch.
+  at::Tensor features(const at::Tensor& images) const;
+
+ private:
+  // What holds while a task is trained.
+  struct Training {
+    TaskInfo task;
+    int64_t frozen = 0;            // branches, from the first, that do not train
+    nn::BranchList branches;       // those that do; parts of branches_
+    std::vector<at::Tensor> head;  // of each task, parts of head_
+  };
+  // Of a batch, the same in both passes of a SAM step.
+  struct Shared {
+    nn::Prefix prefix;
+    at::Tensor frozen;                     // (f, b, C), features of the frozen streams
+    std::vector<at::Tensor> frozen_added;  // (f, b, T, C) of each block, where they are mixed
+  };
+
+  // Class statistics serve the alignment alone.
+  bool drifts() const { return options_.alignment && options_.drift != "off"; }
+  bool mixes() const { return options_.amalgamation != "none"; }
+  int64_t pass_of(const StepInfo& step) const { return options_.share_noise ? 0 : step.pass; }
+  std::vector<nn::Dropout> dropout(const std::string& purpose, const StepInfo& step,
+                                   RandomSource& random) const;
+  void share(const Batch& batch, const StepInfo& step, RandomSource& random);
+  nn::Streams streams(const at::Tensor& alpha) const;
+  // Mean of the branches' losses times lambda, and of the mixture's, undefined without one.
+  std::pair<at::Tensor, at::Tensor> losses(const at::Tensor& features, const Batch& batch) const;
+
+  void merge();
+  void gather_statistics(TaskServices& services);
+  // Features before or after training, as drift wants them.
+  at::Tensor drift_features(const std::string& when, TaskServices& services) const;
+  void align(TaskServices& services);
+  std::vector<int64_t> tasks_of_classes(const TaskInfo& task) const;
+  void check_state() const;
+
+  Options options_;
+  const nn::VisionTransformer& vit_;
+  nn::BranchList branches_;
+  at::Tensor head_;                  // (n_seen, C)
+  at::Tensor task_sizes_;            // (tasks begun) int64 on the CPU
+  stats::ClassGaussians gaussians_;  // of classes seen
+  at::Tensor before_;                // (n, C), features before training; empty without drift
+  at::Tensor stale_;                 // (n_old, C), gradient of the last alignment step, or empty
+  Training training_;
+  Shared shared_;
+};
+
+}  // namespace ntkcl::methods::raa
