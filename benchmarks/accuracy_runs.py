@@ -85,6 +85,16 @@ def _section(options: Mapping[str, Any]) -> dict[str, Any]:
 _NO_INFERENCE = {"lorac_ipc.inference": "none", "lorac_ipc.alignment": False}
 _NO_IPC = {"lorac_ipc.ipc_threshold": 0.0}
 
+# Published for CIFAR-100, but for the batch and the epochs, which are those of all runs.
+_RAA_CIFAR100 = {"rho": 0.01, "batch_size": 16, "initial_epochs": 0}
+_ONE_ADAPTER = {"raa.n_adapters": 1, "raa.amalgamation": "none"}
+
+
+def _raa(about: str, variant: str = "corrected", **settings: Any) -> Run:
+    named = {key.replace("raa_", "raa."): value for key, value in settings.items()}
+    return Run("raa", variant, about, _RAA_CIFAR100 | named)
+
+
 NORMALIZATIONS = ("none", "weights")
 # The main comparison: names in RUNS, and the inputs that each is run with.
 MAIN: Mapping[str, tuple[str, ...]] = {
@@ -111,6 +121,25 @@ RUNS: Mapping[str, Run] = {
     ),
     "lorac-ipc-lr-0.01": Run(
         *("lorac-ipc", "corrected", "learning rate 0.01"), {"learning_rate": 0.01}
+    ),
+    "raa-nothing": _raa("one adapter, SGD: SSIAT", optimizer="sgd", **_ONE_ADAPTER),
+    "raa-amalgamation": _raa("RAA without SAM", optimizer="sgd"),
+    "raa-sam": _raa("one adapter, SAM", optimizer="sam", **_ONE_ADAPTER),
+    "raa-sam+": _raa("one adapter, SAM+", **_ONE_ADAPTER),
+    "raa": _raa("RAA: amalgamation and SAM+"),
+    "raa-code": _raa("RAA, the branches' outputs mixed", raa_amalgamation="code"),
+    "raa-release": _raa("RAA as released", variant="release"),
+    "raa-no-drift": _raa("RAA without drift compensation", raa_drift="off"),
+    "raa-no-alignment": _raa("RAA without drift compensation and alignment", raa_alignment=False),
+    # Settings of RAA, for held-out images: of its plain form, the choice is for all of them.
+    "raa-nothing-lr-0.003": _raa(
+        "SSIAT, learning rate 0.003", optimizer="sgd", learning_rate=0.003, **_ONE_ADAPTER
+    ),
+    "raa-nothing-lr-0.03": _raa(
+        "SSIAT, learning rate 0.03", optimizer="sgd", learning_rate=0.03, **_ONE_ADAPTER
+    ),
+    "raa-nothing-lr-0.1": _raa(
+        "SSIAT, learning rate 0.1", optimizer="sgd", learning_rate=0.1, **_ONE_ADAPTER
     ),
     # One repair added to the release.
     "release-gated-prompts": _release("prompts that learn", prompts="gated"),

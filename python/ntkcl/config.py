@@ -7,7 +7,7 @@ made in layers, each winning over the one before:
     defaults < variant < preset < file < keywords
 
 The defaults follow the method, the data set and the backbone where it has its own (the core's
-`defaults`, `presets.DATASET_DEFAULTS`, the backbone's image size).
+`defaults`, `presets.DATASET_DEFAULTS` and `METHOD_DEFAULTS`, the backbone's image size).
 """
 
 from __future__ import annotations
@@ -187,6 +187,7 @@ def resolve(
         {"image_size": backbone_info(backbone).image_size},
         methods[method]["defaults"],
         _flatten(presets.DATASET_DEFAULTS.get(dataset, {})),
+        presets.METHOD_DEFAULTS.get((dataset, method), {}),
         {"normalize": _VARIANT_NORMALIZE.get(variant, "weights")},
         {f"{section}.{key}": value for key, value in variants.get(variant, {}).items()},
         preset,

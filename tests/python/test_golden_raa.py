@@ -203,7 +203,9 @@ def backbone(dtype):
 def branches(g, prefix, dtype):
     """[W, p, U, c], each (NA, L, ...)."""
     blocks = sum(bool(re.fullmatch(re.escape(prefix) + r"\d+\.W", name)) for name in g.tensors)
-    stacked = [torch.stack([g[f"{prefix}{l}.{key}"] for l in range(blocks)], 1) for key in KEYS]
+    stacked = [
+        torch.stack([g[f"{prefix}{block}.{key}"] for block in range(blocks)], 1) for key in KEYS
+    ]
     return [tensor.to(dtype).requires_grad_() for tensor in stacked]
 
 

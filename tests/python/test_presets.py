@@ -48,8 +48,9 @@ def test_a_preset_resolves_to_the_published_settings(dataset: str, tag: str) -> 
 def test_every_preset_has_its_published_accuracies_and_nothing_else_is_listed() -> None:
     names = {f"ntk-cl/{dataset}-{tag}" for dataset in SETTINGS for tag in WEIGHTS}
     lorac = {f"lorac-ipc/{name}" for name in LORAC}
-    assert set(list_presets()) == names | lorac
-    assert names == set(PUBLISHED)
+    raa = {f"raa/{dataset}-in21k" for dataset in RAA}
+    assert set(list_presets()) == names | lorac | raa
+    assert names | raa == set(PUBLISHED) | {"raa/vtab-in21k"}  # published for all but VTAB
     assert set(PUBLISHED_TASK_MEANS) <= lorac
     assert all(average > final for average, final in PUBLISHED.values())
     assert PUBLISHED["ntk-cl/cifar100-in21k"] == (93.76, 90.27)
@@ -100,3 +101,34 @@ def test_a_preset_of_lorac_resolves_to_the_published_settings(name: str) -> None
     assert o.moco_norm == ("new" if weights == MOCO else "pretrained")
     assert c.transform == ("cifar" if name.startswith("cifar100-orig") else "inception")
     assert (c.normalize == "none") == (not name.startswith("cifar100-orig"))
+
+
+# Of section 6 of the RAA specification: classes of a task, epochs, rho, margin.
+RAA = {
+    "cifar100": (10, 10, 0.01, 0),
+    "imagenet-r": (20, 10, 0.1, 0),
+    "imagenet-a": (20, 10, 0.1, 0.3),
+    "cub": (20, 10, 0.1, 0),
+    "cars": (20, 10, 0.05, 0.3),
+    "vtab": (10, 15, 0.01, 0.3),
+}
+
+
+@pytest.mark.parametrize("dataset", RAA)
+def test_a_preset_of_raa_resolves_to_the_published_settings(dataset: str) -> None:
+    c = resolve({"preset": f"raa/{dataset}-in21k"})
+    o = c.raa
+    assert (c.initial_classes, c.epochs, c.rho, o.margin) == RAA[dataset]
+    assert (c.increment, c.initial_epochs) == (c.initial_classes, 20)
+    assert (c.method, c.variant, c.dataset, c.backbone) == ("raa", "release", dataset, AUGREG)
+    assert (c.batch_size, c.learning_rate, c.momentum, c.weight_decay) == (48, 0.01, 0.9, 5e-4)
+    assert (c.optimizer, c.gamma, c.tau, c.schedule) == ("sam+", "tensor", 25, "cosine")
+    assert (c.seed, c.class_order) == (1993, "natural" if dataset == "vtab" else "seed")
+    assert (c.transform == "cars") == (dataset == "cars") == (c.normalize != "none")
+    assert (o.n_adapters, o.rank, o.scale, o.adapter_dropout) == (2, 64, 0.1, 0.1)
+    assert (o.branch_loss_weight, o.logit_scale, o.alpha) == (2, 20, "uniform_norm")
+    assert (o.alignment_epochs, o.alignment_samples, o.alignment_learning_rate) == (5, 256, 0.01)
+    assert (o.amalgamation, o.drift, o.kappa, o.stale_gradient, o.share_noise) == (
+        *("code", "unpaired", "release"),
+        *(True, False),
+    )

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
+#include <limits>
+
 #include "ntkcl/core/error.h"
 
 namespace ntkcl::stats {
@@ -35,7 +37,11 @@ void ClassGaussians::add_class(const at::Tensor& rows, double eps) {
     covariance.addmm_(centred.t(), centred, 1, 1.0 / static_cast<double>(x.size(0) - 1));
   }
   const auto [factor, info] = at::linalg_cholesky_ex(covariance);
-  if (info.item<int64_t>() != 0 || !factor.isfinite().all().item<bool>()) {
+  // A singular matrix may pass by rounding; NaN fails the comparison.
+  const double rounding = std::numeric_limits<double>::epsilon() * static_cast<double>(width);
+  const at::Tensor pivots = factor.diagonal().square();
+  const bool regular = (pivots.min() > rounding * covariance.diagonal().max()).item<bool>();
+  if (info.item<int64_t>() != 0 || !regular) {
     NTKCL_FAIL(NumericalError, kWhere, "class ", classes(), " in the order of learning: the ",
                "covariance of its ", x.size(0), " features of ", width,
                " numbers is not finite and positive definite with ", eps,

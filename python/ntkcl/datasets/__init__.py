@@ -26,6 +26,8 @@ KNOWN_DATASETS: Mapping[str, str] = {
     "cifar100": _CIFAR100,
     "imagenet-r": f"the 200 classes of ImageNet-R, split 24,000 / 6,000, {_AS_FOLDERS}",
     "imagenet-a": f"the 200 classes of ImageNet-A, split 5,981 / 1,519, {_AS_FOLDERS}",
+    "cub": f"the 200 classes of CUB-200-2011, split 9,430 / 2,358, {_AS_FOLDERS}",
+    "cars": f"the 196 classes of Stanford Cars, split 8,144 / 8,041, {_AS_FOLDERS}",
     "domainnet": "the six domains' folders and lists <domain>_train.txt, <domain>_test.txt from "
     "https://ai.bu.edu/M3SDA/",
     "oxford-pets": f"the 37 breeds of Oxford-IIIT Pet, {_AS_FOLDERS}",
