@@ -114,7 +114,7 @@ class MethodSession : private methods::TaskServices {
     }
   }
 
-  // By name: NTK-CL's features of the two sub-networks and their fusion, RAA's of the merged branch.
+  // By name: NTK-CL's of the two sub-networks and their fusion, RAA's of the merged branch.
   TensorDict features(const at::Tensor& images) const {
     if (const auto* raa = dynamic_cast<const methods::raa::Raa*>(method_.get())) {
       return {{"features", raa->features(images.to(vit_.options()))}};

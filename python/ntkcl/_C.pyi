@@ -13,9 +13,11 @@ import torch
 
 __all__: list[str] = [
     "AlignmentDraws",
+    "ClassGaussians",
     "ClassMeans",
     "ClusterGaussians",
     "Evaluation",
+    "GaussianDraws",
     "ImageStore",
     "ImportanceAverage",
     "Loader",
@@ -28,13 +30,16 @@ __all__: list[str] = [
     "Transform",
     "VisionTransformer",
     "ZipEntry",
+    "align_cosine_head",
     "align_head",
     "backward_transfer",
     "build_info",
     "channel_pass",
     "clip_grad_norm_",
     "cluster_moments",
+    "cosface",
     "cosine_logits",
+    "cosines",
     "decode_image",
     "describe_options",
     "dissimilarity",
@@ -52,6 +57,8 @@ __all__: list[str] = [
     "make_file_store",
     "make_optimizer",
     "make_zip_store",
+    "mean_factors",
+    "merged_branches",
     "numpy_permutation",
     "old_basis",
     "patch_pass",
@@ -59,11 +66,16 @@ __all__: list[str] = [
     "projection_energy",
     "resample",
     "running_mean_",
+    "sam_plus_gamma",
     "schedule_learning_rates",
     "section_drift",
+    "shares_of",
     "signed_direction",
     "signed_sum",
     "split_classes",
+    "stream_adapters",
+    "stream_block",
+    "stream_pass",
     "summarize",
     "votes",
 ]
@@ -275,6 +287,7 @@ class MethodSession:
         """
     def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]: ...
     def load_state(self, state: collections.abc.Mapping[str, torch.Tensor]) -> None: ...
+    def optimizer_state(self) -> dict[str, torch.Tensor]: ...
     def run_stages(self) -> None: ...
     def scores(self, images: torch.Tensor) -> torch.Tensor: ...
     def state(self) -> dict[str, torch.Tensor]: ...
@@ -296,6 +309,7 @@ class ParameterGroup:
         parameters: collections.abc.Sequence[torch.Tensor],
         learning_rate_scale: typing.SupportsFloat | typing.SupportsIndex = 1.0,
         decays: bool = True,
+        stacked_dims: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...
     @property
     def decays(self) -> bool: ...
@@ -331,6 +345,40 @@ class Optimizer:
         """
         How often a step asks for gradients.
         """
+
+class ClassGaussians:
+    """
+    Classes as a Gaussian each over features.
+    """
+    def __init__(
+        self, width: typing.SupportsInt | typing.SupportsIndex, like: torch.Tensor
+    ) -> None:
+        """
+        Of the type and device of `like`.
+        """
+    def add_class(
+        self, rows: torch.Tensor, eps: typing.SupportsFloat | typing.SupportsIndex
+    ) -> None: ...
+    def draw(
+        self,
+        number: typing.SupportsInt | typing.SupportsIndex,
+        scale: typing.SupportsFloat | typing.SupportsIndex,
+        normals: torch.Tensor,
+    ) -> torch.Tensor: ...
+    def factor(self, number: typing.SupportsInt | typing.SupportsIndex) -> torch.Tensor: ...
+    def keep(self, count: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def move(self, shift: torch.Tensor) -> None: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def means(self) -> torch.Tensor: ...
+
+class GaussianDraws:
+    def __init__(
+        self,
+        permutation: collections.abc.Callable[[int, int], torch.Tensor],
+        normals: collections.abc.Callable[[int, int], torch.Tensor],
+    ) -> None: ...
 
 class Evaluation:
     """
@@ -498,6 +546,22 @@ class Trainer:
         Every tensor of the method by name, as copies.
         """
 
+def align_cosine_head(
+    weight: torch.Tensor,
+    gaussians: ClassGaussians,
+    factors: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    epochs: typing.SupportsInt | typing.SupportsIndex,
+    learning_rate: typing.SupportsFloat | typing.SupportsIndex,
+    momentum: typing.SupportsFloat | typing.SupportsIndex,
+    weight_decay: typing.SupportsFloat | typing.SupportsIndex,
+    samples: typing.SupportsInt | typing.SupportsIndex,
+    draws: GaussianDraws,
+) -> list[float]:
+    """
+    Trains the head on draws from class Gaussians, in place; each step's cross-entropy.
+    """
+
 def align_head(
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -544,7 +608,19 @@ def cluster_moments(
     Mean and biased variance of each cluster: (K, C) twice.
     """
 
+def cosface(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    margin: typing.SupportsFloat | typing.SupportsIndex,
+) -> torch.Tensor:
+    """
+    Each row's loss, (n).
+    """
+
 def cosine_logits(x: torch.Tensor, weight: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor: ...
+def cosines(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor: ...
 def decode_image(encoded: bytes, name: str) -> numpy.typing.NDArray[numpy.uint8]:
     """
     Decodes a JPEG, PNG, BMP or WebP to uint8 (height, width, 3), as Pillow's
@@ -675,6 +751,16 @@ def make_zip_store(
     Images inside a zip archive; entries are read when asked for.
     """
 
+def mean_factors(
+    tasks: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    task: typing.SupportsInt | typing.SupportsIndex,
+    lowest: typing.SupportsFloat | typing.SupportsIndex,
+) -> list[float]: ...
+def merged_branches(branches: collections.abc.Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """
+    Their mean: (n, L, ...) -> (L, ...) of each kind.
+    """
+
 def numpy_permutation(
     seed: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex
 ) -> list[int]:
@@ -718,6 +804,13 @@ def running_mean_(
     previous <- n/(n+1) previous + 1/(n+1) current, tensor by tensor.
     """
 
+def sam_plus_gamma(
+    cos: torch.Tensor, tau: typing.SupportsFloat | typing.SupportsIndex
+) -> torch.Tensor:
+    """
+    SAM+: clamp(tau (1 - exp(cos - 1)), 0, 1).
+    """
+
 def schedule_learning_rates(
     optimizer: Optimizer,
     options: dict,
@@ -740,6 +833,7 @@ def section_drift(
     Shift of old prototypes by section (NTK-CL): (n, D), (n, D), (k, D) -> (k, D).
     """
 
+def shares_of(uniform: torch.Tensor, kind: str = "uniform_norm") -> torch.Tensor: ...
 def signed_direction(basis: torch.Tensor) -> torch.Tensor: ...
 def signed_sum(features: torch.Tensor, direction: torch.Tensor) -> torch.Tensor: ...
 def split_classes(
@@ -749,6 +843,43 @@ def split_classes(
 ) -> list[int]:
     """
     Classes of each task: [initial, increment, increment, ..., rest]. ValueError for sizes that leave no sensible split.
+    """
+
+def stream_adapters(
+    hidden: torch.Tensor,
+    branches: collections.abc.Sequence[torch.Tensor],
+    alpha: torch.Tensor,
+    mode: str,
+) -> torch.Tensor:
+    """
+    What adapters (n, 1, ...) and their mixture add to hidden (n + 1, b, T, C).
+    """
+
+def stream_block(
+    vit: VisionTransformer,
+    x: torch.Tensor,
+    branches: collections.abc.Sequence[torch.Tensor],
+    alpha: torch.Tensor,
+    mode: str,
+    block: typing.SupportsInt | typing.SupportsIndex,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+) -> torch.Tensor:
+    """
+    One block of all streams (n + 1, b, T, C).
+    """
+
+def stream_pass(
+    vit: VisionTransformer,
+    images: torch.Tensor,
+    branches: collections.abc.Sequence[torch.Tensor],
+    alpha: torch.Tensor,
+    mode: str,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    masks: collections.abc.Sequence[torch.Tensor] = [],
+    dropout: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+) -> torch.Tensor:
+    """
+    Class features (streams, b, C) of branches (n, L, ...) [down weight, bias, up weight, bias] and their mixture by alpha (L, n).
     """
 
 def summarize(evaluations: collections.abc.Sequence[Evaluation]) -> Summary:
