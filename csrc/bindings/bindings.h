@@ -33,8 +33,9 @@ py::dict option_dict(const OptionMap& values);
 using TensorDict = std::map<std::string, at::Tensor>;
 // Every tensor of a method by name, as copies.
 TensorDict method_state(methods::Method& method);
-// Copies the tensors of `state` into the method; unknown names are an error.
-void load_method_state(methods::Method& method, TensorDict state);
+// Copies the tensors of `state` into the method; unknown names are an error, and where the state is
+// `whole`, missing ones.
+void load_method_state(methods::Method& method, TensorDict state, bool whole);
 // Draws that fn(purpose, task, step, list, layer) gives; None: drawn from the seed.
 std::unique_ptr<methods::RandomSource> recorded_random(uint64_t seed, py::function fn);
 

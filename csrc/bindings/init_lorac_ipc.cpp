@@ -54,7 +54,7 @@ void init_head_alignment(py::module_& m) {
          double learning_rate, int64_t rows, methods::AlignmentDraws draws) {
         return methods::align_head(
             {weight, bias, norm_weight.value_or(at::Tensor()), norm_bias.value_or(at::Tensor())},
-            {means, variances}, n_old,
+            methods::draws_of(methods::FeatureClusters{means, variances}, rows), n_old,
             {.epochs = epochs, .learning_rate = learning_rate, .rows = rows}, draws);
       },
       py::arg("weight"), py::arg("bias"), py::arg("norm_weight"), py::arg("norm_bias"),

@@ -78,7 +78,8 @@ class MethodSession : private methods::TaskServices {
   // optimiser's last pass; "passes": the same of all.
   py::dict step(const at::Tensor& images, const at::Tensor& labels, double learning_rate,
                 bool with_gradients) {
-    NTKCL_CHECK(optimizer_ != nullptr, "step", "this task trains nothing");
+    NTKCL_CHECK(optimizer_ != nullptr, "step",
+                "expected a task that trains, begun and not yet at its stages");
     const methods::Batch batch = to_device(images, labels);
     std::vector<methods::Losses> losses;
     std::vector<std::vector<at::Tensor>> gradients;
@@ -86,8 +87,9 @@ class MethodSession : private methods::TaskServices {
       const py::gil_scoped_release release;
       optimizer_->set_learning_rate(learning_rate);
       optimizer_->step([&](int pass) {
-        losses.push_back(
-            method_->gradients(batch, {.step = step_, .pass = pass, .steps = steps_}, *this));
+        const methods::StepInfo info{
+            .step = step_, .pass = pass, .passes = optimizer_->passes(), .steps = steps_};
+        losses.push_back(method_->gradients(batch, info, *this));
         gradients.push_back(with_gradients ? parameter_gradients() : std::vector<at::Tensor>());
       });
     }
@@ -109,6 +111,7 @@ class MethodSession : private methods::TaskServices {
 
   void run_stages() {
     const py::gil_scoped_release release;
+    optimizer_.reset();
     for (const std::string& stage : method_->stages(info_)) {
       method_->run_stage(stage, *this);
     }
@@ -199,10 +202,11 @@ TensorDict method_state(methods::Method& method) {
   return state;
 }
 
-void load_method_state(methods::Method& method, TensorDict state) {
+void load_method_state(methods::Method& method, TensorDict state, bool whole) {
   method.visit_state([&](const std::string& name, at::Tensor& tensor) {
     const auto found = state.find(name);
     if (found == state.end()) {
+      NTKCL_CHECK(!whole, "state", "expected a tensor '", name, "', but it is missing");
       return;
     }
     const at::Tensor value = found->second;
@@ -229,8 +233,7 @@ void init_methods(py::module_& m) {
            py::arg("n_new"), py::arg("increment"), py::arg("batch_size"), py::arg("images"),
            py::arg("labels"), py::arg("classes") = 0, py::arg("steps") = 0,
            "Images (n, 3, S, S) and labels of the task, for its statistics; classes of all tasks "
-           "and "
-           "steps of this one, 0 where not known.")
+           "and steps of this one, 0 where not known.")
       .def("step", &MethodSession::step, py::arg("images"), py::arg("labels"),
            py::arg("learning_rate"), py::arg("gradients") = true)
       .def("run_stages", &MethodSession::run_stages)
@@ -242,7 +245,7 @@ void init_methods(py::module_& m) {
       .def(
           "load_state",
           [](MethodSession& s, TensorDict state) {
-            load_method_state(s.method(), std::move(state));
+            load_method_state(s.method(), std::move(state), /*whole=*/false);
           },
           py::arg("state"));
 }

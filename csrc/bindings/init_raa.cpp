@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
+#include "ntkcl/core/error.h"
 #include "ntkcl/methods/gaussian_alignment.h"
 #include "ntkcl/methods/raa/raa.h"
 #include "ntkcl/nn/cosine_head.h"
@@ -14,12 +15,19 @@ namespace {
 using stats::ClassGaussians;
 
 nn::BranchList branches_of(const std::vector<at::Tensor>& tensors) {
+  NTKCL_CHECK(tensors.size() == 4, "branches",
+              "expected 4 tensors (down weight, bias, up weight, bias), got ", tensors.size());
   return {tensors.at(0), tensors.at(1), tensors.at(2), tensors.at(3)};
 }
 
 // Streams of every branch, and of their mixture in the mode "paper", "code" or "none".
 nn::Streams streams_of(const nn::BranchList& branches, const at::Tensor& alpha,
                        const std::string& mode) {
+  NTKCL_CHECK(mode == "paper" || mode == "code" || mode == "none", "mode",
+              "expected paper, code or none, got '", mode, "'");
+  const std::vector<int64_t> sizes{branches.down_weight.size(1), branches.branches()};
+  NTKCL_CHECK(mode == "none" || alpha.sizes() == at::IntArrayRef(sizes), "alpha", "expected ",
+              at::IntArrayRef(sizes), ", got ", alpha.sizes());
   if (mode == "paper") {
     return {.adapters = branches.joined(branches.mixed(alpha))};
   }
@@ -69,6 +77,8 @@ void init_passes(py::module_& m) {
       py::arg("branches"), "Their mean: (n, L, ...) -> (L, ...) of each kind.");
   m.def("cosface", &methods::raa::cosface, py::arg("features"), py::arg("weight"),
         py::arg("labels"), py::arg("scale"), py::arg("margin"), "Each row's loss, (n).");
+  m.def("tasks_of_classes", &methods::raa::tasks_of_classes, py::arg("sizes"),
+        py::arg("kind") = "cumulative");
   m.def("shares_of", &methods::raa::shares_of, py::arg("uniform"),
         py::arg("kind") = "uniform_norm");
 }
@@ -105,9 +115,9 @@ void init_alignment(py::module_& m) {
                    gaussians, factors,
                    {.epochs = epochs,
                     .learning_rate = learning_rate,
+                    .samples = samples,
                     .momentum = momentum,
-                    .weight_decay = weight_decay,
-                    .samples = samples},
+                    .weight_decay = weight_decay},
                    draws)
             .losses;
       },

@@ -147,7 +147,7 @@ void init_train(py::module_& m) {
       .def(
           "load_state",
           [](train::Trainer& t, TensorDict state) {
-            load_method_state(t.method(), std::move(state));
+            load_method_state(t.method(), std::move(state), /*whole=*/true);
           },
           py::arg("state"))
       .def(

@@ -77,6 +77,7 @@ __all__: list[str] = [
     "stream_block",
     "stream_pass",
     "summarize",
+    "tasks_of_classes",
     "votes",
 ]
 
@@ -887,6 +888,10 @@ def summarize(evaluations: collections.abc.Sequence[Evaluation]) -> Summary:
     Metrics of a run from the evaluations after tasks 0 .. T - 1.
     """
 
+def tasks_of_classes(
+    sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    kind: str = "cumulative",
+) -> list[int]: ...
 def votes(tasks: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """
     The most frequent task of each group, for its members: (n), (n) -> (n).

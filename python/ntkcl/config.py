@@ -187,7 +187,7 @@ def resolve(
         {"image_size": backbone_info(backbone).image_size},
         methods[method]["defaults"],
         _flatten(presets.DATASET_DEFAULTS.get(dataset, {})),
-        presets.METHOD_DEFAULTS.get((dataset, method), {}),
+        _flatten(presets.METHOD_DEFAULTS.get((dataset, method), {})),
         {"normalize": _VARIANT_NORMALIZE.get(variant, "weights")},
         {f"{section}.{key}": value for key, value in variants.get(variant, {}).items()},
         preset,

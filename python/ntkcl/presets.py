@@ -1,8 +1,8 @@
 """Published settings by name, as data.
 
 NTK-CL: arXiv 2407.17120, the settings of its released code. LoRAC-IPC: arXiv 2504.13407, those of
-its runs. RAA: AAAI-26, those of its released configurations. They fix the variant `release`, which
-the published numbers came from; anything given explicitly wins.
+its runs. RAA: AAAI-26, those of its released configurations. They fix the variant `release`, the
+arithmetic of the released code; anything given explicitly wins.
 """
 
 from __future__ import annotations

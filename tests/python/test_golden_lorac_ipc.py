@@ -823,7 +823,7 @@ def test_head_alignment_refuses_what_cannot_be():
     moments = torch.zeros(2, 1, 4)
     with pytest.raises(ValueError, match="expected 0 to 1 old classes, got 2"):
         _C.align_head(*head, moments, moments, 2, 1, 0.1, 5, draws)
-    with pytest.raises(ValueError, match=r"\(n, K, C\) for a head \[3, 4\], got"):
+    with pytest.raises(ValueError, match=r"means and variances \(n, K, C\), got"):
         _C.align_head(*head, moments, torch.zeros(2, 2, 4), 1, 1, 0.1, 5, draws)
     with pytest.raises(ValueError, match="a row in each of 3 clusters"):
         _C.cluster_moments(torch.zeros(2, 4), torch.tensor([0, 2]), 3)

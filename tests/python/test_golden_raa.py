@@ -137,7 +137,9 @@ def test_protocol():
     g = load("protocol")
     for name, order in g.under("order.").items():
         classes, seed = map(int, name.split("."))
-        assert _C.numpy_permutation(seed, classes) == order.tolist(), name
+        ours = _C.numpy_permutation(seed, classes)
+        assert ours == order.tolist(), name
+        assert torch.tensor(ours).argsort().tolist() == g[f"label_map.{name}"].tolist()
     for name, sizes in g.under("sizes.").items():
         assert _C.split_classes(*map(int, name.split("."))) == sizes.tolist(), name
     for name, rates in g.under("lr.").items():
@@ -150,7 +152,8 @@ def test_protocol():
         last = int(data.rsplit("_t", 1)[1])
         tasks = [t for t, size in enumerate(sizes) for _ in range(size)]
         if variant == "release":
-            tasks = [c // sizes[last] for c in range(classes)]
+            tasks = _C.tasks_of_classes(sizes[: last + 1], "release")
+        assert len(tasks) == classes
         ours = torch.tensor(_C.mean_factors(tasks, last, 0.9), dtype=torch.float64)
         check(g, f"kappa.{name}", ours, VALUE)
 
@@ -165,6 +168,12 @@ def test_metrics():
     assert evaluation.top5 == pytest.approx(g["metric.top5"].item())
     assert evaluation.old_classes == pytest.approx(g["metric.old_rounded"].item(), abs=0.005001)
     assert evaluation.new_classes == pytest.approx(g["metric.new_rounded"].item(), abs=0.005001)
+    groups = len(g["metric.groups10_rounded"])
+    sizes = [10] * (groups - 1) + [scores.shape[1] - 10 * (groups - 1)]
+    of_tens = _C.Evaluation(sizes, groups - 1)
+    of_tens.add(labels, scores)
+    wanted = g["metric.groups10_rounded"].tolist()
+    assert of_tens.per_task == pytest.approx(wanted, abs=0.005001)
     assert _C.forgetting(g["metric.matrix"]) == pytest.approx(g["metric.forgetting"].item())
 
 
@@ -294,11 +303,16 @@ def test_loss(dtype):
         check(g, f"{case}.loss", loss, VALUE)
         check(g, f"{case}.d_f", features.grad, GRADIENT)
         check(g, f"{case}.d_head.{len(heads) - 1}", head.grad, GRADIENT)
-        # Cosines of all columns; a head of unit rows over the loss gives their gradient.
         z = _C.cosines(g["f"].to(dtype), torch.cat(heads).to(dtype))
         check(g, f"{case}.z", z, VALUE)
-        for old in range(len(heads) - 1):  # no part of the loss
-            assert g[f"{case}.d_head.{old}"].eq(0).all()
+        # d_z through the cosines is d_f; no part of it is of the old columns.
+        unit = torch.nn.functional.normalize
+        dz, f = g[f"{case}.d_z"], g["f"]
+        to_unit = dz @ unit(torch.cat(heads))
+        along = (to_unit * unit(f)).sum(1, keepdim=True) * unit(f)
+        expected = (to_unit - along) / f.norm(dim=1, keepdim=True)
+        check(g, f"{case}.d_z", features.grad, GRADIENT, expected=expected)
+        assert dz[:, :known].eq(0).all()
 
 
 # ---- Class statistics and alignment ----
@@ -322,10 +336,7 @@ def test_alignment(variant, dtype):
     g = load("ca")
     config, task = g.config, g.config["t"]
     sizes = config["sizes"][: task + 1]
-    if variant == "release":
-        tasks = [c // sizes[-1] for c in range(sum(sizes))]
-    else:
-        tasks = [t for t, size in enumerate(sizes) for _ in range(size)]
+    tasks = _C.tasks_of_classes(sizes, "release" if variant == "release" else "cumulative")
     factors = _C.mean_factors(tasks, task, 0.9)
     kappa = torch.tensor(factors, dtype=torch.float64)
     check(g, f"{variant}.kappa", kappa, VALUE)
@@ -409,10 +420,13 @@ def raa_session(config, mode, dtype, draws, tasks, **options):
         "branch_loss_weight": config["lam"],
         "margin": config["margin"],
         "logit_scale": config["S"],
+        "scale": config.get("scale", 0.1),
     }
     train = {
         "optimizer": "sam+",
         "rho": config["rho"],
+        "tau": config.get("tau", 25.0),
+        "momentum": config.get("momentum", 0.9),
         "weight_decay": config["wd"],
         "precision": str(dtype).removeprefix("torch."),
         "cpu_matmul": "default",
@@ -440,7 +454,7 @@ def test_training_steps(name, mode, dtype):
             return g["alpha"][step, index]
         return heads[task].double() / 0.02 if purpose == "head.weight" else None
 
-    session = raa_session(config, mode, dtype, draws, task + 1, drift="off")
+    session = raa_session(config, mode, dtype, draws, task + 1, alignment=False)
     state = branch_state(branches(g, "adapter.", dtype))
     known, sizes = config["known"], [len(head) for head in heads]
     if task:
@@ -461,7 +475,7 @@ def test_training_steps(name, mode, dtype):
             if step == 0:
                 gradients = of_pass["gradients"]
                 check_branches(g, f"{prefix}g{index + 1}.adapter.", gradients[:4], GRADIENT, 1e-9)
-                for t, gradient in enumerate(gradients[4:]):
+                for t, gradient in enumerate(torch.cat(gradients[4:]).split(sizes)):
                     check(g, f"{prefix}g{index + 1}.head.{t}", gradient, GRADIENT, 1e-9)
         ascent = passes[0]["gradients"]
         norm = torch.stack([gradient.norm() for gradient in ascent]).norm()
@@ -470,14 +484,18 @@ def test_training_steps(name, mode, dtype):
         cos = torch.stack(
             [cosine(momentum[f"adapters.{j}.momentum"], ascent[j]).T for j in range(4)], 1
         )
-        of_head = [
-            cosine(momentum[f"head.{t}.momentum"][None, None], ascent[4 + t][None, None])[0, 0]
-            for t in range(task + 1)
+        blocks = [
+            torch.cat(tensors).split(sizes)
+            for tensors in (
+                [v for name, v in sorted(momentum.items()) if name.startswith("head.")],
+                ascent[4:],
+            )
         ]
+        of_head = [cosine(v[None, None], e[None, None])[0, 0] for v, e in zip(*blocks, strict=True)]
         check(g, f"{prefix}cos", cos.to(dtype), COSINE, 1e-9)
         check(g, f"{prefix}cos_head", torch.stack(of_head).to(dtype), COSINE, 1e-9)
         for suffix, cosines in (("", cos), ("_head", torch.stack(of_head))):
-            gamma = _C.sam_plus_gamma(cosines, 25.0)
+            gamma = _C.sam_plus_gamma(cosines, config.get("tau", 25.0))
             check(g, f"{prefix}gamma{suffix}", gamma.to(dtype), STEP, 1e-9)
         state = session.state()
         check_branches(g, f"{prefix}theta.adapter.", branches_in(state, trained[0]), STEP, 1e-9)

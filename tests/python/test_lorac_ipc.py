@@ -271,6 +271,33 @@ def test_a_prediction_within_the_inferred_task(tmp_path: Path) -> None:
         assert e.task_id == e.inferred_task
 
 
+def test_alignment_with_full_covariances(tmp_path: Path) -> None:
+    result = train(tmp_path / "run", epochs=3, lorac_ipc={"alignment_covariance": "full"})
+    tensors = state(result)
+    assert result.final_accuracy > 2 * 100 / CLASSES
+    assert tensors["alignment.full.means"].shape == (CLASSES, 96)
+    assert tensors["alignment.means"].numel() == 0
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_drift_moves_the_means_of_old_classes(covariance: str) -> None:
+    # RAA's drift: those of the new classes stay as they are, and what is inferred too.
+    means, inference = {}, {}
+    for drift in ("off", "paired"):
+        method = session({"drift": drift, "alignment_covariance": covariance})
+        a_task(method, 0)
+        name = "alignment.full.means" if covariance == "full" else "alignment.means"
+        first = method.state()[name].clone()
+        a_task(method, 1)
+        tensors = method.state()
+        means[drift] = tensors[name]
+        inference[drift] = tensors["inference.means"]
+        assert torch.equal(tensors[name][:2], first) == (drift == "off")
+        assert tensors["features_before"].numel() == 0
+    assert torch.equal(means["off"][2:], means["paired"][2:])
+    assert torch.equal(inference["off"], inference["paired"])
+
+
 def test_votes_of_the_test_tasks_say_what_they_are(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="uses the labels of the test images"):
         voted = train(tmp_path / "run", lorac_ipc={"inference": "vote_by_test_task"}, epochs=2)

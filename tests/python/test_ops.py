@@ -767,6 +767,10 @@ def operator_samples(device="cpu"):
 
             yield ops.attention.default, (make(2, 6, 12), 2, None, 0)
             yield ops.attention.default, (make(2, 6, 12), 2, make(2), 3)
+            yield ops.bias_relu_dropout.default, (make(2, 7, 16), make(2, 16), None, key, P)
+            yield ops.bias_relu_dropout.default, (make(0, 7, 4), make(0, 4), None, None, 0.0)
+            y = make(2, 7, 16).detach()  # the backward pass has no gradient of its own
+            yield ops.bias_relu_dropout_backward.default, (y, y, P, 2)
             for size in (COMPOSED[1], COMPOSED[3]):
                 leaves = [
                     value if value is None else value.detach().to(device).requires_grad_(grad)

@@ -606,3 +606,34 @@ def test_keeping_less_changes_no_gradient(mode: str, precision: str) -> None:
         gradients.append(session.step(batch, labels, 0.05)["gradients"])
     for kept, computed in zip(*gradients, strict=True):
         assert torch.equal(kept, computed)
+
+
+# ---- RAA's drift and alignment in NTK-CL ---------------------------------------------------------
+
+
+def test_ntk_cl_with_the_alignment_of_raa(tmp_path: Path) -> None:
+    # Protects: prototypes and what images are compared with are two things.
+    section = {"alignment": True, "alignment_samples": 16, "alignment_epochs": 2}
+    plain, aligned = (
+        train(tmp_path / str(bool(given)), ntk_cl=given, epochs=2) for given in ({}, section)
+    )
+    tensors = state(aligned)
+    assert torch.equal(tensors["prototypes"], state(plain)["prototypes"])
+    assert state(plain)["aligned"].numel() == 0
+    assert tensors["aligned"].shape == tensors["prototypes"].shape
+    assert not torch.equal(tensors["aligned"], tensors["prototypes"])
+    assert tensors["gaussians.means"].shape == tensors["prototypes"].shape
+    torch.testing.assert_close(tensors["gaussians.means"], tensors["prototypes"])
+    tags = [(e["task"], e["tag"]) for e in events(aligned.output, "extra_evaluation")]
+    assert tags == [(1, "before alignment"), (2, "before alignment")]
+    # Before the first alignment both are one.
+    assert aligned.evaluations[0].per_task == plain.evaluations[0].per_task
+
+
+def test_ntk_cl_with_the_drift_of_raa(tmp_path: Path) -> None:
+    prototypes = {}
+    for drift in ("off", "paired"):
+        section = {"drift": drift, "drift_compensation": False}
+        prototypes[drift] = state(train(tmp_path / drift, ntk_cl=section))["prototypes"]
+    assert torch.equal(prototypes["off"][4:], prototypes["paired"][4:])
+    assert not torch.equal(prototypes["off"][:4], prototypes["paired"][:4])

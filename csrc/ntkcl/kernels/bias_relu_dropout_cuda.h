@@ -5,8 +5,10 @@
 #include "ntkcl/kernels/bias_relu_dropout.h"
 #include "ntkcl/kernels/element.h"
 
-// For T in float, double, BFloat16. rows * width > 0.
+// For T in float, double, BFloat16. rows * width > 0, groups <= kMaxGroups.
 namespace ntkcl::kernels {
+
+inline constexpr int64_t kMaxGroups = 65535;  // a grid's third side
 
 template <class T>
 cudaError_t bias_relu_dropout_cuda(const BiasReluDropout<T>& args, cudaStream_t stream);

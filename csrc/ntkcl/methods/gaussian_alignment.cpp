@@ -6,6 +6,28 @@
 #include "ntkcl/core/error.h"
 
 namespace ntkcl::methods {
+namespace {
+
+constexpr const char* kWhere = "gaussian_alignment";
+
+}  // namespace
+
+GaussianDraws gaussian_draws(TaskServices& services, const stats::ClassGaussians& gaussians,
+                             const GaussianAlignmentOptions& options) {
+  const int64_t task = services.task().index;
+  return {
+      .permutation =
+          [&services, task, epochs = options.epochs](int64_t epoch, int64_t count) {
+            services.progress("alignment", epoch, epochs);
+            return services.random().permutation({"alignment.order", task, epoch}, count);
+          },
+      .normals =
+          [&services, &gaussians, task, samples = options.samples](int64_t epoch, int64_t number) {
+            const at::Tensor& means = gaussians.means();
+            return services.random().normal({"alignment.normals", task, epoch, number},
+                                            {samples, means.size(1)}, means.options());
+          }};
+}
 
 std::vector<double> mean_factors(const std::vector<int64_t>& tasks, int64_t task, double lowest) {
   std::vector<double> factors;
@@ -23,14 +45,16 @@ HeadTraining align_on_gaussians(const std::vector<at::Tensor>& parameters,
                                 const GaussianAlignmentOptions& options,
                                 const GaussianDraws& draws) {
   const int64_t classes = gaussians.classes();
-  NTKCL_CHECK(static_cast<int64_t>(factors.size()) == classes, "gaussian_alignment",
+  NTKCL_CHECK(static_cast<int64_t>(factors.size()) == classes, kWhere,
               "expected a factor for each of ", classes, " classes, got ", factors.size());
   const auto draw = [&](int64_t epoch) -> LabelledFeatures {
     const at::NoGradGuard no_grad;
     std::vector<at::Tensor> of_class;
     for (int64_t c = 0; c < classes; ++c) {
-      of_class.push_back(
-          gaussians.draw(c, factors[static_cast<size_t>(c)], draws.normals(epoch, c)));
+      const at::Tensor normals = draws.normals(epoch, c);
+      NTKCL_CHECK(normals.dim() == 2 && normals.size(0) == options.samples, kWhere, "expected ",
+                  options.samples, " draws of class ", c, ", got ", normals.sizes());
+      of_class.push_back(gaussians.draw(c, factors[static_cast<size_t>(c)], normals));
     }
     const at::Tensor order = draws.permutation(epoch, classes * options.samples);
     const at::Device device = gaussians.means().device();
@@ -42,7 +66,8 @@ HeadTraining align_on_gaussians(const std::vector<at::Tensor>& parameters,
                      .learning_rate = options.learning_rate,
                      .momentum = options.momentum,
                      .weight_decay = options.weight_decay,
-                     .rows = options.samples});
+                     .rows = options.samples},
+                    kWhere);
 }
 
 }  // namespace ntkcl::methods

@@ -16,30 +16,12 @@ namespace {
 constexpr const char* kWhere = "head_alignment";
 constexpr double kVarianceFloor = 1e-4;
 
-// Numbers of the draws of clusters that are drawn from, in order.
-at::Tensor usable_draws(const FeatureClusters& clusters, int64_t rows) {
-  const at::Tensor varies = clusters.variances.ne(0).any(2).flatten().cpu();  // (n * K)
-  const at::Tensor first = varies.nonzero() * rows;                           // (m, 1)
-  return (first + at::arange(rows, at::kLong)).flatten();
-}
-
 at::Tensor logits_of(const Head& head, const at::Tensor& features, int64_t seen) {
   at::Tensor x = features;
   if (head.norm_weight.defined()) {
     x = at::layer_norm(x, {x.size(1)}, head.norm_weight, head.norm_bias, nn::kLayerNormEps);
   }
   return at::linear(x, head.weight.narrow(0, 0, seen), head.bias.narrow(0, 0, seen));
-}
-
-void check_alignment(const Head& head, const FeatureClusters& clusters, int64_t n_old) {
-  const at::Tensor& means = clusters.means;
-  NTKCL_CHECK(means.dim() == 3 && means.sizes() == clusters.variances.sizes() &&
-                  head.weight.dim() == 2 && means.size(0) <= head.weight.size(0) &&
-                  means.size(2) == head.weight.size(1),
-              kWhere, "expected means and variances (n, K, C) for a head ", head.weight.sizes(),
-              ", got ", means.sizes(), " and ", clusters.variances.sizes());
-  NTKCL_CHECK(0 <= n_old && n_old < means.size(0), kWhere, "expected 0 to ", means.size(0) - 1,
-              " old classes, got ", n_old);
 }
 
 std::vector<at::Tensor> trained(const Head& head) {
@@ -65,29 +47,60 @@ std::pair<at::Tensor, at::Tensor> cluster_moments(const at::Tensor& rows, const 
   return {means, stats::cluster_means(squares, labels, clusters)};
 }
 
-std::vector<double> align_head(Head head, const FeatureClusters& clusters, int64_t n_old,
-                               const HeadAlignmentOptions& options, const AlignmentDraws& draws) {
-  check_alignment(head, clusters, n_old);
-  const int64_t seen = clusters.means.size(0), rows = options.rows;
-  const int64_t of_class = clusters.means.size(1) * rows;
+FeatureDraws draws_of(const FeatureClusters& clusters, int64_t rows) {
+  NTKCL_CHECK(clusters.means.dim() == 3 && clusters.means.sizes() == clusters.variances.sizes(),
+              kWhere, "expected means and variances (n, K, C), got ", clusters.means.sizes(),
+              " and ", clusters.variances.sizes());
+  const at::Tensor varies = clusters.variances.ne(0).any(2).flatten().cpu();  // (n * K)
+  const at::Tensor first = varies.nonzero() * rows;                           // (m, 1)
   const at::Tensor means = clusters.means.flatten(0, 1);
   const at::Tensor deviations = (clusters.variances.flatten(0, 1) + kVarianceFloor).sqrt();
-  const at::Tensor usable = usable_draws(clusters, rows);
-  const int64_t used = std::min(n_old * rows, usable.size(0));
+  return {.classes = clusters.means.size(0),
+          .of_class = clusters.means.size(1) * rows,
+          .usable = (first + at::arange(rows, at::kLong)).flatten(),
+          .features = [=](const at::Tensor& numbers, const at::Tensor& normals) {
+            const at::Tensor cluster = numbers.div(rows, "floor").to(means.device());
+            return means.index_select(0, cluster) + deviations.index_select(0, cluster) * normals;
+          }};
+}
+
+FeatureDraws draws_of(const stats::ClassGaussians& gaussians, int64_t rows) {
+  return {.classes = gaussians.classes(),
+          .of_class = rows,
+          .usable = at::arange(gaussians.classes() * rows, at::kLong),
+          .features = [&gaussians, rows](const at::Tensor& numbers, const at::Tensor& normals) {
+            const at::Tensor of = numbers.div(rows, "floor");
+            at::Tensor features = at::empty_like(normals);
+            for (int64_t c = 0; c < gaussians.classes(); ++c) {
+              const at::Tensor mine = of.eq(c).nonzero().squeeze(1).to(normals.device());
+              features.index_copy_(0, mine, gaussians.draw(c, 1.0, normals.index_select(0, mine)));
+            }
+            return features;
+          }};
+}
+
+std::vector<double> align_head(Head head, const FeatureDraws& features, int64_t n_old,
+                               const HeadAlignmentOptions& options, const AlignmentDraws& draws) {
+  const int64_t seen = features.classes;
+  NTKCL_CHECK(head.weight.dim() == 2 && seen <= head.weight.size(0), kWhere,
+              "expected at most the classes of the head ", head.weight.sizes(), ", got ", seen);
+  NTKCL_CHECK(0 <= n_old && n_old < seen, kWhere, "expected 0 to ", seen - 1, " old classes, got ",
+              n_old);
+  const int64_t used = std::min(n_old * options.rows, features.usable.size(0));
   const auto draw = [&](int64_t epoch) -> LabelledFeatures {
-    const at::Tensor order = draws.permutation(epoch, usable.size(0)).narrow(0, 0, used);
-    const at::Tensor numbers = usable.index_select(0, order);
-    const at::Tensor cluster = numbers.div(rows, "floor").to(means.device());
-    return {means.index_select(0, cluster) +
-                deviations.index_select(0, cluster) * draws.normals(epoch, numbers),
-            numbers.div(of_class, "floor").to(means.device())};
+    const at::NoGradGuard no_grad;
+    const at::Tensor order = draws.permutation(epoch, features.usable.size(0)).narrow(0, 0, used);
+    const at::Tensor numbers = features.usable.index_select(0, order);
+    return {features.features(numbers, draws.normals(epoch, numbers)),
+            numbers.div(features.of_class, "floor").to(head.weight.device())};
   };
-  return train_head(trained(head), [&](const at::Tensor& x) { return logits_of(head, x, seen); },
-                    draw,
-                    {.epochs = options.epochs,
-                     .learning_rate = options.learning_rate,
-                     .momentum = options.momentum,
-                     .rows = rows})
+  return train_head(
+             trained(head), [&](const at::Tensor& x) { return logits_of(head, x, seen); }, draw,
+             {.epochs = options.epochs,
+              .learning_rate = options.learning_rate,
+              .momentum = options.momentum,
+              .rows = options.rows},
+             kWhere)
       .losses;
 }
 

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "ntkcl/stats/class_gaussians.h"
+
 namespace ntkcl::methods {
 
 // Task-adaptive prediction of LoRAC-IPC: the head alone is trained again on features drawn from
@@ -43,10 +45,23 @@ struct AlignmentDraws {
   std::function<at::Tensor(int64_t epoch, const at::Tensor& numbers)> normals;
 };
 
+// An epoch's draws, numbered class after class, and how features are made of them.
+struct FeatureDraws {
+  int64_t classes = 0;
+  int64_t of_class = 0;  // numbers of a class
+  at::Tensor usable;     // (m) int64 on the CPU: numbers that are drawn
+  // numbers (b) and standard normals (b, C) -> features (b, C)
+  std::function<at::Tensor(const at::Tensor& numbers, const at::Tensor& normals)> features;
+};
+// `rows` draws of each cluster; or of each class from one Gaussian of full covariance, which must
+// outlive what is returned. ValueError for clusters that do not fit.
+FeatureDraws draws_of(const FeatureClusters& clusters, int64_t rows);
+FeatureDraws draws_of(const stats::ClassGaussians& gaussians, int64_t rows);
+
 // n_old steps an epoch over the epoch's draws in random order, SGD; draws that no step uses are not
 // made. Changes the head in place and returns each step's cross-entropy, over the seen classes.
 // ValueError for what does not fit, NumericalError for a cross-entropy that is not finite.
-std::vector<double> align_head(Head head, const FeatureClusters& clusters, int64_t n_old,
+std::vector<double> align_head(Head head, const FeatureDraws& features, int64_t n_old,
                                const HeadAlignmentOptions& options, const AlignmentDraws& draws);
 
 }  // namespace ntkcl::methods

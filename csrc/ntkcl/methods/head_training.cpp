@@ -42,21 +42,19 @@ class Training {
   std::vector<at::Tensor> tensors_;
 };
 
-// One copy to the host for all steps.
-std::vector<double> finite_values(const std::vector<at::Tensor>& losses) {
+// One copy to the host for all steps of an epoch.
+void append_finite(std::vector<double>& to, const std::vector<at::Tensor>& losses,
+                   const char* where) {
   if (losses.empty()) {
-    return {};
+    return;
   }
   const at::Tensor host = at::stack(losses).to(at::kCPU, at::kDouble);
-  const double* values = host.const_data_ptr<double>();
-  const std::vector<double> result(values, values + losses.size());
-  for (size_t step = 0; step < result.size(); ++step) {
-    if (!std::isfinite(result[step])) {
-      NTKCL_FAIL(NumericalError, "head_alignment", "the cross-entropy is ", result[step],
-                 " at step ", step);
+  for (const double value : at::ArrayRef<double>(host.const_data_ptr<double>(), losses.size())) {
+    if (!std::isfinite(value)) {
+      NTKCL_FAIL(NumericalError, where, "the cross-entropy is ", value, " at step ", to.size());
     }
+    to.push_back(value);
   }
-  return result;
 }
 
 }  // namespace
@@ -64,7 +62,7 @@ std::vector<double> finite_values(const std::vector<at::Tensor>& losses) {
 HeadTraining train_head(const std::vector<at::Tensor>& parameters,
                         const std::function<at::Tensor(const at::Tensor&)>& logits,
                         const std::function<LabelledFeatures(int64_t)>& draw,
-                        const HeadTrainingOptions& options) {
+                        const HeadTrainingOptions& options, const char* where) {
   const at::AutoGradMode record(true);
   const Training training(parameters);
   optim::OptimizerOptions sgd;
@@ -73,11 +71,12 @@ HeadTraining train_head(const std::vector<at::Tensor>& parameters,
   sgd.weight_decay = options.weight_decay;
   const auto optimizer = optim::make_optimizer(sgd, {{.name = "head", .parameters = parameters}});
   const optim::ScheduleOptions cosine;  // to 0, by epochs
-  std::vector<at::Tensor> losses;
+  std::vector<double> values;
   for (int64_t epoch = 0; epoch < options.epochs; ++epoch) {
     optim::schedule_learning_rates(*optimizer, cosine, options.learning_rate, epoch,
                                    options.epochs);
     const LabelledFeatures drawn = draw(epoch);
+    std::vector<at::Tensor> losses;
     for (int64_t first = 0; first < drawn.features.size(0); first += options.rows) {
       const int64_t count = std::min(options.rows, drawn.features.size(0) - first);
       optimizer->step([&](int) {
@@ -87,9 +86,13 @@ HeadTraining train_head(const std::vector<at::Tensor>& parameters,
         loss.backward();
       });
     }
+    append_finite(values, losses, where);
   }
-  std::vector<at::Tensor> gradients = losses.empty() ? decltype(losses)() : training.gradients();
-  return {finite_values(losses), std::move(gradients)};
+  std::vector<at::Tensor> gradients;
+  if (!values.empty()) {
+    gradients = training.gradients();
+  }
+  return {std::move(values), std::move(gradients)};
 }
 
 }  // namespace ntkcl::methods

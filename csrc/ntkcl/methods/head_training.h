@@ -29,10 +29,11 @@ struct HeadTraining {
 };
 
 // SGD on the cross-entropy of `logits` over each epoch's features. Changes the parameters, leaves
-// that require no gradient yet, in place. NumericalError for a cross-entropy that is not finite.
+// that require no gradient yet, in place. NumericalError "[where] ..." after an epoch in which a
+// cross-entropy is not finite.
 HeadTraining train_head(const std::vector<at::Tensor>& parameters,
                         const std::function<at::Tensor(const at::Tensor& features)>& logits,
                         const std::function<LabelledFeatures(int64_t epoch)>& draw,
-                        const HeadTrainingOptions& options);
+                        const HeadTrainingOptions& options, const char* where);
 
 }  // namespace ntkcl::methods

@@ -67,9 +67,8 @@ const std::vector<MethodEntry>& method_table() {
        make_lorac_ipc},
       {"raa",
        "raa",
-       "adapter branches and a random mixture of them, SAM+, prototype drift, alignment of the "
-       "head "
-       "on class Gaussians",
+       "adapter branches and a random mixture of them, SAM+, prototype drift, head alignment on "
+       "class Gaussians",
        describe<raa::Options>(),
        {{"optimizer", std::string("sam+")},
         {"learning_rate", 0.01},

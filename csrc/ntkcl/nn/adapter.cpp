@@ -43,6 +43,13 @@ void AdapterList::visit(const std::string& prefix, const NamedTensorFn& fn) {
   }
 }
 
+at::Tensor bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias, const Dropout& dropout) {
+  const auto optional = [](const at::Tensor& t) {
+    return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+  };
+  return ops::bias_relu_dropout(x, bias, optional(dropout.mask), optional(dropout.key), dropout.p);
+}
+
 at::Tensor adapter(const at::Tensor& hidden, const at::Tensor& down_weight,
                    const at::Tensor& down_bias, const at::Tensor& up_weight,
                    const at::Tensor& up_bias, const Dropout& dropout) {
@@ -50,11 +57,8 @@ at::Tensor adapter(const at::Tensor& hidden, const at::Tensor& down_weight,
   if (mask.defined() && mask.size(1) != hidden.size(1)) {
     mask = mask.narrow(1, 0, hidden.size(1));  // the last block computes the class token alone
   }
-  const auto optional = [](const at::Tensor& t) {
-    return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
-  };
-  const at::Tensor inner = ops::bias_relu_dropout(at::linear(hidden, down_weight), down_bias,
-                                                  optional(mask), optional(dropout.key), dropout.p);
+  const at::Tensor inner =
+      bias_relu_dropout(at::linear(hidden, down_weight), down_bias, {dropout.p, mask, dropout.key});
   return at::linear(inner, up_weight, up_bias);
 }
 

@@ -44,6 +44,9 @@ struct AdapterList {
   void visit(const std::string& prefix, const NamedTensorFn& fn);
 };
 
+// drop(relu(x + bias)): the middle of an adapter, or of several side by side (ops/bias_relu_dropout).
+at::Tensor bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias, const Dropout& dropout);
+
 // drop(relu(W_down h + b_down)) W_up^T + b_up, without scale and residual: (B, T, C) -> (B, T, C).
 at::Tensor adapter(const at::Tensor& hidden, const at::Tensor& down_weight,
                    const at::Tensor& down_bias, const at::Tensor& up_weight,

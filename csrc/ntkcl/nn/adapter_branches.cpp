@@ -3,23 +3,14 @@
 #include <ATen/ATen.h>
 
 #include "ntkcl/core/error.h"
-#include "ntkcl/ops/bias_relu_dropout.h"
 
 namespace ntkcl::nn {
 namespace {
 
-template <class Fn>
-BranchList map(const BranchList& b, Fn fn) {
+// A list of each kind's tensors after `fn`.
+template <class List, class Fn>
+List map(const BranchList& b, Fn fn) {
   return {fn(b.down_weight), fn(b.down_bias), fn(b.up_weight), fn(b.up_bias)};
-}
-
-template <class Fn>
-AdapterList reduce(const BranchList& b, Fn fn) {
-  return {fn(b.down_weight), fn(b.down_bias), fn(b.up_weight), fn(b.up_bias)};
-}
-
-std::optional<at::Tensor> optional(const at::Tensor& t) {
-  return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
 }
 
 }  // namespace
@@ -37,15 +28,15 @@ std::vector<at::Tensor> BranchList::tensors() const {
 }
 
 AdapterList BranchList::branch(int64_t i) const {
-  return reduce(*this, [&](const at::Tensor& t) { return t.select(0, i); });
+  return map<AdapterList>(*this, [&](const at::Tensor& t) { return t.select(0, i); });
 }
 
 BranchList BranchList::range(int64_t first, int64_t branches) const {
-  return map(*this, [&](const at::Tensor& t) { return t.narrow(0, first, branches); });
+  return map<BranchList>(*this, [&](const at::Tensor& t) { return t.narrow(0, first, branches); });
 }
 
 BranchList BranchList::detached() const {
-  return map(*this, [](const at::Tensor& t) { return t.detach(); });
+  return map<BranchList>(*this, [](const at::Tensor& t) { return t.detach(); });
 }
 
 BranchList BranchList::joined(const BranchList& others) const {
@@ -54,11 +45,11 @@ BranchList BranchList::joined(const BranchList& others) const {
 }
 
 AdapterList BranchList::mean() const {
-  return reduce(*this, [](const at::Tensor& t) { return t.mean(0); });
+  return map<AdapterList>(*this, [](const at::Tensor& t) { return t.mean(0); });
 }
 
 BranchList BranchList::mixed(const at::Tensor& alpha) const {
-  return map(*this, [&](const at::Tensor& t) {
+  return map<BranchList>(*this, [&](const at::Tensor& t) {
     std::vector<int64_t> sizes(static_cast<size_t>(t.dim()), 1);
     sizes[0] = t.size(0);
     sizes[1] = t.size(1);
@@ -81,9 +72,9 @@ at::Tensor stream_adapters(const at::Tensor& hidden, const Streams& streams, int
     mask = mask.narrow(2, 0, t).reshape({s, b * t, -1});
   }
   const at::Tensor x = hidden.narrow(0, 0, s).reshape({s, b * t, -1});
-  const at::Tensor inner = ops::bias_relu_dropout(
-      at::bmm(x, a.down_weight.select(1, block).transpose(1, 2)), a.down_bias.select(1, block),
-      optional(mask), optional(dropout.key), dropout.p);
+  const at::Tensor inner =
+      bias_relu_dropout(at::bmm(x, a.down_weight.select(1, block).transpose(1, 2)),
+                        a.down_bias.select(1, block), {dropout.p, mask, dropout.key});
   const at::Tensor own = at::baddbmm(a.up_bias.select(1, block).unsqueeze(1), inner,
                                      a.up_weight.select(1, block).transpose(1, 2))
                              .view({s, b, t, -1});

@@ -25,7 +25,8 @@ struct BranchList {
   BranchList range(int64_t first, int64_t branches) const;  // a view
   BranchList detached() const;
   BranchList joined(const BranchList& others) const;
-  // Mean of all; and sum_i alpha[l, i] of every block l, alpha (L, n) (Eq. 5).
+  // Mean of all; and in every block l the sum over i of alpha[l, i] times branch i's tensors, alpha
+  // (L, n) (Eq. 5).
   AdapterList mean() const;
   BranchList mixed(const at::Tensor& alpha) const;  // one branch
   void visit(const std::string& prefix, const NamedTensorFn& fn);
@@ -38,7 +39,7 @@ struct BranchList {
 struct Streams {
   BranchList adapters;               // (s, L, ...)
   at::Tensor shares{};               // (L, s)
-  std::vector<at::Tensor> others{};  // (b, T, C) of each block, or none
+  std::vector<at::Tensor> others{};  // (b, T, C) of each block as it adds it, or none
 
   int64_t count() const { return adapters.branches() + (shares.defined() ? 1 : 0); }
 };
@@ -55,7 +56,7 @@ at::Tensor stream_block(const VisionTransformer& vit, const at::Tensor& x, const
                         at::Tensor* added = nullptr);
 
 // Class features (streams, b, C). `dropout` holds one entry per block, or none; `added` receives
-// what the adapters of each block add, (streams, b, T, C).
+// what the adapters of each block add, (streams, b, T, C), in the last of the class token alone.
 at::Tensor stream_pass(const VisionTransformer& vit, const Prefix& prefix, const Streams& streams,
                        double scale, const std::vector<Dropout>& dropout = {},
                        std::vector<at::Tensor>* added = nullptr);

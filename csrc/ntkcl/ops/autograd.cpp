@@ -46,7 +46,7 @@ struct BiasReluDropoutFunction : Function<BiasReluDropoutFunction> {
     const at::Tensor y = bias_relu_dropout(x, bias, mask, key, p);
     context->save_for_backward({y});
     context->saved_data["p"] = mask || key ? p : 0.0;
-    context->saved_data["groups"] = bias.dim() == 2 ? bias.size(0) : int64_t{0};
+    context->saved_data["groups"] = bias.dim() == 2 ? bias.size(0) : int64_t{-1};
     return y;
   }
 

@@ -49,9 +49,9 @@ void check_bias_relu_dropout_backward(const at::Tensor& grad, const at::Tensor& 
   check_like(op, "grad", grad, "y", y);
   check_same_shape(op, "grad", grad, "y", y);
   check_dropout_probability(op, p);
-  NTKCL_OP_CHECK(groups == 0 || (groups > 0 && y.dim() >= 2 && y.sym_size(0) == groups), op,
-                 "expected 0 groups, or the first dimension of y ", y.sym_sizes(), ", got ",
-                 groups);
+  NTKCL_OP_CHECK(groups == -1 || (y.dim() >= 2 && y.sym_size(0) == groups), op,
+                 "expected groups -1 for none, or the first dimension of y ", y.sym_sizes(),
+                 ", got ", groups);
 }
 
 }  // namespace detail
@@ -61,7 +61,7 @@ namespace {
 // Shape of the bias.
 template <class Int>
 std::vector<Int> bias_sizes(int64_t groups, Int width) {
-  return groups > 0 ? std::vector<Int>{groups, width} : std::vector<Int>{width};
+  return groups >= 0 ? std::vector<Int>{groups, width} : std::vector<Int>{width};
 }
 
 at::Tensor bias_relu_dropout_meta(const at::Tensor& x, const at::Tensor& bias,

@@ -27,12 +27,12 @@ at::Tensor bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias,
 
 // Needs the result alone, as y > 0 exactly where the gradient passes:
 //   dx = y > 0 ? grad / (1 - p) : 0   (..., r);   dbias = sum of dx over all but the last   (r),
-//   or (groups, r) with groups > 0: over all between the first and the last
+//   or (groups, r) with groups >= 0: over all between the first and the last
 // The sum's order depends on the sizes only, so equal inputs give equal bits. With no dropout, p
 // must be 0.
 std::tuple<at::Tensor, at::Tensor> bias_relu_dropout_backward(const at::Tensor& grad,
                                                               const at::Tensor& y, double p,
-                                                              int64_t groups = 0);
+                                                              int64_t groups = -1);
 
 namespace detail {
 void check_bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias,

@@ -7,6 +7,7 @@
 #include "ntkcl/kernels/bias_relu_dropout_cuda.h"
 #include "ntkcl/kernels/keep.h"
 #include "ntkcl/ops/bias_relu_dropout.h"
+#include "ntkcl/ops/checks.h"
 #include "ntkcl/ops/element_type.h"
 
 namespace ntkcl::ops {
@@ -16,6 +17,8 @@ at::Tensor bias_relu_dropout_cuda(const at::Tensor& x, const at::Tensor& bias,
                                   const std::optional<at::Tensor>& mask,
                                   const std::optional<at::Tensor>& key, double p) {
   detail::check_bias_relu_dropout(x, bias, mask, key, p);
+  NTKCL_OP_CHECK(bias.dim() == 1 || bias.size(0) <= kernels::kMaxGroups, "bias_relu_dropout",
+                 "expected at most ", kernels::kMaxGroups, " groups on CUDA, got ", bias.size(0));
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor y = at::empty(x.sizes(), x.options());
   if (y.numel() == 0) {
@@ -57,8 +60,8 @@ std::tuple<at::Tensor, at::Tensor> bias_relu_dropout_backward_cuda(const at::Ten
   detail::check_bias_relu_dropout_backward(grad, y, p, groups);
   const c10::cuda::CUDAGuard guard(y.device());
   const at::Tensor dx = at::empty(y.sizes(), y.options());
-  const at::Tensor dbias = groups > 0 ? at::zeros({groups, y.size(-1)}, y.options())
-                                      : at::zeros({y.size(-1)}, y.options());
+  const at::Tensor dbias = groups >= 0 ? at::zeros({groups, y.size(-1)}, y.options())
+                                       : at::zeros({y.size(-1)}, y.options());
   if (y.numel() == 0) {
     return {dx, dbias};
   }

@@ -36,6 +36,9 @@ void check_groups(const std::vector<ParameterGroup>& groups) {
       const at::Tensor& parameter = group.parameters[i];
       const std::string name = parameter_name(group, i);
       check_parameter(parameter, name);
+      NTKCL_CHECK(0 <= group.stacked_dims && group.stacked_dims <= parameter.dim(), kWhere,
+                  "parameter ", name, ": expected stacked_dims from 0 to ", parameter.dim(),
+                  ", got ", group.stacked_dims);
       NTKCL_CHECK(seen.insert(parameter.unsafeGetTensorImpl()).second, kWhere, "parameter ", name,
                   " is listed twice");
       first = first ? first : &parameter;

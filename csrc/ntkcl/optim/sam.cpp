@@ -9,7 +9,7 @@
 namespace ntkcl::optim {
 namespace {
 
-// cos(v, e) from <v, e>, |v| and |e|, float64; 0 where either is zero.
+// cos(v, e) from <v, e>, |v| and |e|, divided in float64; 0 where either is zero.
 at::Tensor cosine(const at::Tensor& product, const at::Tensor& v_norm, const at::Tensor& e_norm) {
   const at::Tensor lengths = v_norm.to(at::kDouble) * e_norm.to(at::kDouble);
   return at::where(lengths.gt(0), product.to(at::kDouble) / lengths, 0.0);

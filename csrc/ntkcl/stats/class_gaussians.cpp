@@ -15,8 +15,7 @@ constexpr const char* kWhere = "class_gaussians";
 }  // namespace
 
 ClassGaussians::ClassGaussians(int64_t width, const at::TensorOptions& options)
-    : means_(at::zeros({0, width}, options)),
-      factors_(at::zeros({0, width * (width + 1) / 2}, options)) {
+    : means_(at::zeros({0, width}, options)) {
   const at::Tensor lower = at::tril_indices(width, width, 0, at::kLong).to(options.device());
   places_ = lower[0] * width + lower[1];
 }
@@ -48,14 +47,13 @@ void ClassGaussians::add_class(const at::Tensor& rows, double eps) {
                " on the diagonal; expected finite features and a larger covariance_eps");
   }
   means_ = at::cat({means_, mean.to(means_.scalar_type()).unsqueeze(0)});
-  const at::Tensor packed = factor.flatten().index_select(0, places_).to(factors_.scalar_type());
-  factors_ = at::cat({factors_, packed.unsqueeze(0)});
+  factors_.push_back(factor.flatten().index_select(0, places_).to(means_.scalar_type()));
 }
 
 void ClassGaussians::keep(int64_t count) {
   if (count < classes()) {
     means_ = means_.narrow(0, 0, count).clone();
-    factors_ = factors_.narrow(0, 0, count).clone();
+    factors_.resize(static_cast<size_t>(count));
   }
 }
 
@@ -71,8 +69,8 @@ at::Tensor ClassGaussians::factor(int64_t number) const {
   NTKCL_CHECK(0 <= number && number < classes(), kWhere, "expected a class from 0 to ",
               classes() - 1, ", got ", number);
   const int64_t width = means_.size(1);
-  const at::Tensor dense = at::zeros({width * width}, factors_.options());
-  return dense.index_copy_(0, places_, factors_[number]).view({width, width});
+  const at::Tensor dense = at::zeros({width * width}, means_.options());
+  return dense.index_copy_(0, places_, factors_[static_cast<size_t>(number)]).view({width, width});
 }
 
 at::Tensor ClassGaussians::draw(int64_t number, double scale, const at::Tensor& normals) const {
@@ -80,13 +78,16 @@ at::Tensor ClassGaussians::draw(int64_t number, double scale, const at::Tensor& 
 }
 
 void ClassGaussians::visit_state(const std::string& prefix, const StateFn& visitor) {
+  const int64_t packed = places_.size(0);
+  at::Tensor factors =
+      factors_.empty() ? at::zeros({0, packed}, means_.options()) : at::stack(factors_);
   visitor(prefix + "means", means_);
-  visitor(prefix + "factors", factors_);
-  NTKCL_CHECK(means_.dim() == 2 && factors_.dim() == 2 && means_.size(0) == factors_.size(0) &&
-                  means_.size(1) * (means_.size(1) + 1) / 2 == factors_.size(1) &&
-                  factors_.size(1) == places_.size(0),
-              "state", prefix, "*: expected means (n, C) and factors (n, ", places_.size(0),
-              "), got ", means_.sizes(), " and ", factors_.sizes());
+  visitor(prefix + "factors", factors);
+  NTKCL_CHECK(means_.dim() == 2 && factors.dim() == 2 && means_.size(0) == factors.size(0) &&
+                  means_.size(1) * (means_.size(1) + 1) / 2 == packed && factors.size(1) == packed,
+              "state", prefix, "*: expected means (n, C) and factors (n, ", packed, "), got ",
+              means_.sizes(), " and ", factors.sizes());
+  factors_ = factors.unbind();
 }
 
 }  // namespace ntkcl::stats

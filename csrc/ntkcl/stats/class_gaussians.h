@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 namespace ntkcl::stats {
 
@@ -33,9 +34,9 @@ class ClassGaussians {
   void visit_state(const std::string& prefix, const StateFn& visitor);
 
  private:
-  at::Tensor means_;
-  at::Tensor factors_;
-  at::Tensor places_;  // where the factor's numbers stand in the flat (C, C)
+  at::Tensor means_;                 // (n, C)
+  std::vector<at::Tensor> factors_;  // of each class, (C (C + 1) / 2)
+  at::Tensor places_;                // where the factor's numbers stand in the flat (C, C)
 };
 
 }  // namespace ntkcl::stats

@@ -10,6 +10,7 @@
 #include "ntkcl/core/error.h"
 #include "ntkcl/nn/cosine_head.h"
 #include "ntkcl/optim/gradient_clipping.h"
+#include "ntkcl/stats/drift.h"
 #include "ntkcl/stats/kmeans.h"
 
 namespace ntkcl::methods::lorac_ipc {
@@ -17,6 +18,7 @@ namespace {
 
 constexpr const char* kWhere = "lorac-ipc";
 constexpr double kHeadDeviation = 0.02;  // of the head's first weights
+constexpr double kCovarianceEps = 1e-4;  // of full covariances for the head's alignment
 constexpr double kForgotten = 1e-9;      // share of an importance that may be left out
 constexpr int64_t kQuery = 0, kKey = 1;  // places in nn::kMatrixTypes
 
@@ -37,7 +39,8 @@ LoracIpc::LoracIpc(Options options, const nn::VisionTransformer& vit, int64_t ta
       vit_(vit),
       tasks_(tasks),
       lora_(vit, options_.placement == "all",
-            options_.lora_depth > 0 ? options_.lora_depth : vit.depth(), options_.rank) {
+            options_.lora_depth > 0 ? options_.lora_depth : vit.depth(), options_.rank),
+      full_(vit.width(), vit.options()) {
   mask_ = at::ones({lora_.types(), lora_.blocks()}, at::kDouble);
   NTKCL_CHECK(options_.selection != "release" || options_.new_mask || options_.ipc_threshold == 0 ||
                   std::floor(static_cast<double>(mask_.numel()) * options_.ipc_threshold) >= 1,
@@ -61,6 +64,7 @@ LoracIpc::LoracIpc(Options options, const nn::VisionTransformer& vit, int64_t ta
   class_ids_ = at::zeros({0}, at::kLong);
   clusters_ = {at::zeros({0, options_.alignment_clusters, c}, vit.options()),
                at::zeros({0, options_.alignment_clusters, c}, vit.options())};
+  before_ = at::zeros({0, c}, vit.options());
 }
 
 // ---- Training ----
@@ -76,6 +80,16 @@ std::vector<optim::ParameterGroup> LoracIpc::before_task(TaskServices& services)
   }
   if (trained_head_.weight.size(0) > 0) {
     head_ = copy_of(trained_head_);
+  }
+  before_ = at::zeros({0, vit_.width()}, vit_.options());
+  if (!task.first() && drifts()) {
+    std::vector<at::Tensor> rows;
+    services.for_each_image("features before training", [&](const Batch& batch) {
+      rows.push_back(features(last_task(), batch.images));
+    });
+    NTKCL_CHECK(!rows.empty(), "data", "task ", task.index,
+                ": expected at least one readable training image, got none");
+    before_ = at::cat(rows);
   }
   begin_module(task, services.random());
   if (options_.ipc_threshold > 0) {
@@ -287,7 +301,13 @@ void LoracIpc::gather_statistics(TaskServices& services) {
     add_gaussians(nn::unit_rows(at::cat(first)), rows_of, services);
   }
   if (options_.alignment) {
-    add_clusters(at::cat(own), rows_of, services);
+    const at::Tensor rows = at::cat(own);
+    drift(rows);
+    if (aligns_full()) {
+      add_full(rows, rows_of);
+    } else {
+      add_clusters(rows, rows_of, services);
+    }
   }
 }
 
@@ -332,6 +352,30 @@ void LoracIpc::add_clusters(const at::Tensor& rows, const std::vector<at::Tensor
   clusters_ = {at::cat(means), at::cat(variances)};
 }
 
+void LoracIpc::add_full(const at::Tensor& rows, const std::vector<at::Tensor>& rows_of) {
+  full_.keep(training_.task.n_old);
+  for (const at::Tensor& of_class : rows_of) {
+    full_.add_class(rows.index_select(0, of_class), kCovarianceEps);
+  }
+}
+
+void LoracIpc::drift(const at::Tensor& after) {
+  if (before_.size(0) == 0) {
+    return;
+  }
+  const int64_t old = training_.task.n_old;
+  if (aligns_full()) {
+    full_.keep(old);
+    full_.move(stats::gaussian_drift(before_, after, full_.means(), options_.sigma));
+  } else {
+    const at::Tensor means = clusters_.means.narrow(0, 0, old).flatten(0, 1);
+    const at::Tensor shift = stats::gaussian_drift(before_, after, means, options_.sigma);
+    clusters_.means = (means + shift).view({old, -1, means.size(1)});
+    clusters_.variances = clusters_.variances.narrow(0, 0, old);
+  }
+  before_ = at::zeros({0, vit_.width()}, vit_.options());
+}
+
 at::Tensor LoracIpc::cluster(const at::Tensor& rows, int64_t clusters, const Draw& draw,
                              RandomSource& random) const {
   if (const auto given = random.recorded(draw)) {
@@ -366,11 +410,15 @@ void LoracIpc::align(TaskServices& services) {
             }
             return random.normal(draw, {numbers.size(0), vit_.width()}, vit_.options());
           }};
-  align_head(head_, clusters_, task.n_old,
+  const FeatureDraws drawn = aligns_full() ? draws_of(full_, options_.alignment_draws)
+                                           : draws_of(clusters_, options_.alignment_draws);
+  const Head aligned = copy_of(head_);  // a repeated stage begins from head_ again
+  align_head(aligned, drawn, task.n_old,
              {.epochs = options_.alignment_epochs,
               .learning_rate = options_.alignment_learning_rate,
               .rows = options_.alignment_draws},
              draws);
+  head_ = aligned;
 }
 
 // ---- Inference ----
@@ -539,6 +587,8 @@ void LoracIpc::visit_state(const StateVisitor& visitor) {
   visit("class_ids", class_ids_);
   visit("alignment.means", clusters_.means);
   visit("alignment.variances", clusters_.variances);
+  full_.visit_state("alignment.full.", visit);
+  visit("features_before", before_);
   gaussians_.visit_state("inference.", vit_.options(), visit);
   if (training_.importance) {
     training_.importance->visit_state("importance.", visit);
@@ -593,6 +643,10 @@ void LoracIpc::check_state() const {
           clusters_.means.size(0) <= seen && clusters_.means.size(2) == c,
       "state", "alignment.*: expected means and variances (n, K, ", c, ") of at most ", seen,
       " classes, got ", clusters_.means.sizes(), " and ", clusters_.variances.sizes());
+  NTKCL_CHECK(full_.classes() <= seen, "state", "alignment.full.*: expected at most ", seen,
+              " classes, got ", full_.classes());
+  NTKCL_CHECK(before_.dim() == 2 && before_.size(1) == c, "state", "features_before: expected (n, ",
+              c, "), got ", before_.sizes());
   NTKCL_CHECK(gaussians_.classes() <= seen, "state", "inference.*: expected at most ", seen,
               " classes, got ", gaussians_.classes());
 }

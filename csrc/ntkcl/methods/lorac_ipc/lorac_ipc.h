@@ -46,6 +46,8 @@ class LoracIpc : public Method {
   };
 
   bool trains_norm() const { return options_.moco_norm == "new"; }
+  bool drifts() const { return options_.alignment && options_.drift != "off"; }
+  bool aligns_full() const { return options_.alignment_covariance == "full"; }
   bool infers() const { return options_.inference != "none"; }
   int64_t last_task() const { return task_sizes_.size(0) - 1; }
   int64_t n_seen() const;
@@ -66,6 +68,9 @@ class LoracIpc : public Method {
                      TaskServices& services);
   void add_clusters(const at::Tensor& rows, const std::vector<at::Tensor>& rows_of,
                     TaskServices& services);
+  void add_full(const at::Tensor& rows, const std::vector<at::Tensor>& rows_of);
+  // Moves the means of old classes, from the task's features after training (n, C).
+  void drift(const at::Tensor& after);
   // Clusters (n) of one class's features, from k-means or recorded.
   at::Tensor cluster(const at::Tensor& rows, int64_t clusters, const Draw& draw,
                      RandomSource& random) const;
@@ -95,6 +100,8 @@ class LoracIpc : public Method {
   at::Tensor task_sizes_;         // (finished tasks) int64 on the CPU
   at::Tensor class_ids_;          // (classes) int64 on the CPU: the data set's class of each
   FeatureClusters clusters_;      // for alignment: classes seen, each by features of its task
+  stats::ClassGaussians full_;    // the same of full covariance
+  at::Tensor before_;             // (n, C), features before training; empty without drift
   stats::ClusterGaussians gaussians_;  // for task inference: classes seen, features of snapshot 0
   Training training_;
   TestFeatures seen_;

@@ -23,11 +23,14 @@ struct Options {
   int64_t inference_clusters = 4;
   bool predict_within_task = false;
   bool alignment = true;
+  std::string alignment_covariance = "diagonal";
   int64_t alignment_clusters = 10;
   int64_t alignment_epochs = 50;
   double alignment_learning_rate = 0.005;
   int64_t alignment_draws = 320;
   bool train_aligned_head = true;
+  std::string drift = "off";
+  double sigma = 4.0;
   std::string k_mask = "own";
   std::string selection = "exact";
   bool mask_unseen = true;
@@ -67,6 +70,8 @@ struct Options {
     v("predict_within_task", predict_within_task, anything(),
       "predict among the classes of the inferred task alone");
     v("alignment", alignment, anything(), "align the head after every task but the first");
+    v("alignment_covariance", alignment_covariance, one_of({"diagonal", "full"}),
+      "covariances for head alignment; full: one Gaussian a class, whatever alignment_clusters is");
     v("alignment_clusters", alignment_clusters, at_least(1),
       "Gaussians of each class for head alignment");
     v("alignment_epochs", alignment_epochs, at_least(1), "epochs of head alignment");
@@ -76,6 +81,10 @@ struct Options {
       "features drawn from each Gaussian in an epoch, and of a step");
     v("train_aligned_head", train_aligned_head, anything(),
       "the next task goes on from the aligned head; else from the head as it was trained");
+    v("drift", drift, one_of({"off", "paired"}),
+      "RAA's drift: move the means for head alignment with the features of the last task; for "
+      "inference = none, as else an image meets the weights that its class was learned with");
+    v("sigma", sigma, above(0), "width of the drift weights");
     v("k_mask", k_mask, one_of({"query", "own"}), "repair 12.1: the mask of k's current module");
     v("selection", selection, one_of({"release", "exact"}),
       "repair 12.2: freeze exactly so many matrices");

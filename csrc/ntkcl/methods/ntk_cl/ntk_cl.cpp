@@ -66,6 +66,11 @@ NtkCl::NtkCl(Options options, const nn::VisionTransformer& vit, int64_t tasks, R
   head_weight_ = at::zeros({0, width}, vit.options());
   head_sigma_ = at::full({1}, options_.head_sigma_init, vit.options());
   prototypes_ = at::zeros({0, width}, vit.options());
+  before_ = at::zeros({0, width}, vit.options());
+  aligned_ = at::zeros({0, width}, vit.options());
+  if (options_.alignment.on) {
+    gaussians_.emplace(width, vit.options());
+  }
   std::vector<double> multipliers;
   if (options_.pretrained_feature) {
     multipliers.push_back(options_.beta);
@@ -186,7 +191,7 @@ const at::Tensor& NtkCl::scored(const Features& features) const {
 }
 
 Scores NtkCl::scores(const at::Tensor& images) const {
-  return {ops::section_cosine(scored(features(images)), prototypes_, multipliers_)};
+  return {ops::section_cosine(scored(features(images)), class_weights(), multipliers_)};
 }
 
 at::Tensor NtkCl::all_features(const std::string& activity, TaskServices& services) const {
@@ -240,7 +245,8 @@ std::vector<std::pair<std::string, at::Tensor>> NtkCl::copied_weights() const {
 
 std::vector<optim::ParameterGroup> NtkCl::before_task(TaskServices& services) {
   const TaskInfo& task = services.task();
-  constants_ = {task, {}, {}, {}};
+  constants_ = {task, {}, {}};
+  before_ = at::zeros({0, prototypes_.size(1)}, vit_.options());
   const int64_t width = sections() * vit_.width();
   head_weight_ =
       services.random().uniform({"head.weight", task.index}, {task.n_new, width},
@@ -252,8 +258,8 @@ std::vector<optim::ParameterGroup> NtkCl::before_task(TaskServices& services) {
   }
   // With K > 1 the features move even without training: another frozen list is written.
   const bool moves = trains(task) || options_.frozen_lists > 1;
-  if (!task.first() && options_.drift_compensation && moves) {
-    constants_.before = all_features("features before training", services);
+  if (!task.first() && (options_.drift_compensation || options_.drift != "off") && moves) {
+    before_ = all_features("features before training", services);
   }
   if (!trains(task)) {
     return {};
@@ -371,16 +377,24 @@ at::Tensor NtkCl::regularise() const {
 
 std::vector<std::string> NtkCl::stages(const TaskInfo& task) const {
   // The EMA comes before the prototypes of the task are computed (section 2).
-  return task.last() ? std::vector<std::string>{"prototypes"}
-                     : std::vector<std::string>{"ema", "prototypes"};
+  std::vector<std::string> stages{"prototypes"};
+  if (!task.last()) {
+    stages.insert(stages.begin(), "ema");
+  }
+  if (options_.alignment.on && !task.first()) {
+    stages.emplace_back("alignment");
+  }
+  return stages;
 }
 
 void NtkCl::run_stage(const std::string& stage, TaskServices& services) {
   const at::NoGradGuard no_grad;
   if (stage == "ema") {
     update_frozen_list(services.task());
-  } else {
+  } else if (stage == "prototypes") {
     update_prototypes(services);
+  } else {
+    align(services);
   }
 }
 
@@ -398,20 +412,63 @@ void NtkCl::update_frozen_list(const TaskInfo& task) {
 void NtkCl::update_prototypes(TaskServices& services) {
   const TaskInfo& task = services.task();
   stats::ClassMeans means(task.n_old, task.n_new, prototypes_.size(1));
-  std::vector<at::Tensor> after;
+  std::vector<at::Tensor> rows, labels;
+  const bool keep = before_.size(0) > 0 || gaussians_;
   services.for_each_image("prototypes", [&](const Batch& batch) {
     const at::Tensor f = scored(features(batch.images));
     means.add(f, batch.labels);
-    if (constants_.before.defined()) {
-      after.push_back(f);
+    if (keep) {
+      rows.push_back(f);
+      labels.push_back(batch.labels);
     }
   });
+  const at::Tensor fresh = means.result(prototypes_.scalar_type());
   at::Tensor old = prototypes_.narrow(0, 0, task.n_old);
-  if (constants_.before.defined()) {
-    old = old + stats::section_drift(constants_.before, at::cat(after), old, vit_.width(),
-                                     options_.drift_tau);
+  if (gaussians_) {
+    gaussians_->keep(task.n_old);
   }
-  prototypes_ = at::cat({old, means.result(prototypes_.scalar_type())});
+  if (before_.size(0) > 0) {
+    const at::Tensor shift = drift(at::cat(rows));
+    old = old + shift;
+    if (gaussians_) {
+      gaussians_->move(shift);
+    }
+    before_ = at::zeros({0, prototypes_.size(1)}, vit_.options());
+  }
+  prototypes_ = at::cat({old, fresh});
+  if (gaussians_) {
+    const at::Tensor all = at::cat(rows), of = at::cat(labels);
+    for (int64_t c = task.n_old; c < task.n_seen(); ++c) {
+      gaussians_->add_class(all.index_select(0, of.eq(c).nonzero().squeeze(1)),
+                            options_.alignment.covariance_eps);
+    }
+    aligned_ = at::cat({aligned_.narrow(0, 0, task.n_old), fresh});
+  }
+}
+
+at::Tensor NtkCl::drift(const at::Tensor& after) const {
+  const at::Tensor old = prototypes_.narrow(0, 0, constants_.info.n_old);
+  return options_.drift == "paired"
+             ? stats::gaussian_drift(before_, after, old, options_.sigma)
+             : stats::section_drift(before_, after, old, vit_.width(), options_.drift_tau);
+}
+
+void NtkCl::align(TaskServices& services) {
+  const TaskInfo& task = services.task();
+  services.evaluate("before alignment");
+  std::vector<int64_t> task_of_class;
+  for (int64_t c = 0; c < task.n_seen(); ++c) {
+    task_of_class.push_back(
+        c < task.initial_classes ? 0 : 1 + (c - task.initial_classes) / task.increment);
+  }
+  const double scale = options_.alignment_logit_scale / multipliers_.sum().item<double>();
+  const at::Tensor aligned = aligned_.clone();  // a repeated stage begins from aligned_ again
+  align_on_gaussians(
+      {aligned},
+      [&](const at::Tensor& x) { return ops::section_cosine(x, aligned, multipliers_) * scale; },
+      *gaussians_, mean_factors(task_of_class, task.index, options_.alignment.lowest_mean),
+      options_.alignment, gaussian_draws(services, *gaussians_, options_.alignment));
+  aligned_ = aligned;
 }
 
 void NtkCl::visit_state(const StateVisitor& visitor) {
@@ -434,6 +491,11 @@ void NtkCl::visit_state(const StateVisitor& visitor) {
   visitor("head.weight", head_weight_);
   visitor("head.sigma", head_sigma_);
   visitor("prototypes", prototypes_);
+  visitor("features_before", before_);
+  visitor("aligned", aligned_);
+  if (gaussians_) {
+    gaussians_->visit_state("gaussians.", visitor);
+  }
   visitor("tasks_in_list", tasks_in_list_);
   for (auto& [name, weight] : constants_.previous) {
     visitor("previous." + name, weight);

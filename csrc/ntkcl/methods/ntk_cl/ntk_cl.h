@@ -4,6 +4,7 @@
 #include "ntkcl/methods/ntk_cl/options.h"
 #include "ntkcl/nn/fusion.h"
 #include "ntkcl/nn/prompts.h"
+#include "ntkcl/stats/class_gaussians.h"
 
 namespace ntkcl::methods::ntk_cl {
 
@@ -52,7 +53,6 @@ class NtkCl : public Method {
     TaskInfo info;
     std::vector<std::pair<std::string, at::Tensor>> previous;  // weights under L_reg at its start
     at::Tensor orth;                                           // direction w (D), or basis U (C, k)
-    at::Tensor before;  // features of the task's images before training (n, D)
   };
   // Dropout of one training step; null in evaluation.
   struct Noise {
@@ -89,6 +89,12 @@ class NtkCl : public Method {
 
   void update_frozen_list(const TaskInfo& task);
   void update_prototypes(TaskServices& services);
+  // Shift of the old prototypes, from features after training; undefined without drift.
+  at::Tensor drift(const at::Tensor& after) const;
+  // RAA's alignment (gaussian_alignment.h) of the class weights, which begin as the prototypes.
+  void align(TaskServices& services);
+  // What images are compared with: (n_seen, D).
+  const at::Tensor& class_weights() const { return options_.alignment.on ? aligned_ : prototypes_; }
 
   Options options_;
   const nn::VisionTransformer& vit_;
@@ -99,6 +105,9 @@ class NtkCl : public Method {
   at::Tensor head_weight_, head_sigma_;  // (c_t, D), (1)
   at::Tensor prototypes_;                // (n_seen, D)
   at::Tensor multipliers_;               // (sections)
+  at::Tensor before_;                    // (n, D), features before training; empty without drift
+  at::Tensor aligned_;                   // (n_seen, D) with alignment, else (0, D)
+  std::optional<stats::ClassGaussians> gaussians_;  // with alignment
   TaskConstants constants_;
 };
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "ntkcl/core/options.h"
+#include "ntkcl/methods/gaussian_alignment.h"
 
 namespace ntkcl::methods::ntk_cl {
 
@@ -34,6 +34,10 @@ struct Options {
   bool head_sigma_decays = false;
   bool drift_compensation = true;
   double drift_tau = 0.4;
+  std::string drift = "off";
+  double sigma = 4.0;
+  GaussianAlignmentOptions alignment;
+  double alignment_logit_scale = 20.0;
   double later_lr_factor = 1.0;
   bool first_task_only = false;
 
@@ -76,6 +80,12 @@ struct Options {
     v("drift_compensation", drift_compensation, anything(),
       "repair 8.8: move old prototypes with the features");
     v("drift_tau", drift_tau, above(0), "width of the drift weights");
+    v("drift", drift, one_of({"off", "paired"}),
+      "RAA's drift in the place of drift_compensation: weights of whole features as they are");
+    v("sigma", sigma, above(0), "width of its weights");
+    alignment.visit(v);
+    v("alignment_logit_scale", alignment_logit_scale, above(0),
+      "factor on the weighted mean of the sections' cosines in the alignment");
     v("later_lr_factor", later_lr_factor, at_least(0),
       "factor on the learning rate after the first task");
     v("first_task_only", first_task_only, anything(), "train in the first task alone");

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "ntkcl/core/options.h"
+#include "ntkcl/methods/gaussian_alignment.h"
 
 namespace ntkcl::methods::raa {
 
@@ -19,12 +19,7 @@ struct Options {
   bool share_noise = false;
   std::string drift = "paired";
   double sigma = 4.0;
-  double covariance_eps = 1e-3;
-  bool alignment = true;
-  int64_t alignment_epochs = 5;
-  double alignment_learning_rate = 0.01;
-  int64_t alignment_samples = 256;
-  double alignment_mean = 0.9;
+  GaussianAlignmentOptions alignment{.on = true};
   std::string kappa = "cumulative";
   bool stale_gradient = false;
 
@@ -36,13 +31,13 @@ struct Options {
     v("scale", scale, anything(), "s of the adapters' residual");
     v("adapter_dropout", adapter_dropout, at_least(0).below(1), "dropout inside the adapters");
     v("amalgamation", amalgamation, one_of({"paper", "code", "none"}),
-      "repair 8.2: the extra stream has the branches' weights mixed at random; as released it "
-      "mixes "
-      "their outputs (code); or there is none");
+      "repair 8.2: the extra stream has the branches' weights mixed at random (paper); as released "
+      "it mixes their outputs (code); or there is none");
     v("alpha", alpha, one_of({"uniform_norm", "dirichlet"}),
       "shares of the branches in the mixture: uniform numbers over their sum, or a flat Dirichlet");
     v("branch_loss_weight", branch_loss_weight, at_least(0),
-      "weight of the branches' mean loss beside the mixture's; the paper's equations have 1");
+      "lambda, weight of the branches' mean loss beside the mixture's (the paper's equations have "
+      "1); one branch alone has 1");
     v("margin", margin, at_least(0), "m, CosFace's margin on the true class");
     v("logit_scale", logit_scale, above(0), "S, factor on the cosines");
     v("share_noise", share_noise, anything(),
@@ -51,21 +46,12 @@ struct Options {
       "repair 8.4: move old prototypes with the features of the same images before and after "
       "training; as released of other images, shuffled and augmented (unpaired)");
     v("sigma", sigma, above(0), "width of the drift weights");
-    v("covariance_eps", covariance_eps, at_least(0), "added to the diagonal of the covariances");
-    v("alignment", alignment, anything(),
-      "train the head on draws from the class Gaussians after every task but the first");
-    v("alignment_epochs", alignment_epochs, at_least(1), "epochs of the alignment");
-    v("alignment_learning_rate", alignment_learning_rate, at_least(0),
-      "learning rate of the alignment, cosine to 0");
-    v("alignment_samples", alignment_samples, at_least(1),
-      "features drawn of each class in an epoch, and of a step");
-    v("alignment_mean", alignment_mean, at_least(0).at_most(1),
-      "factor on the means of the oldest classes; 1 for those of the last task");
+    alignment.visit(v);
     v("kappa", kappa, one_of({"release", "cumulative"}),
       "repair 8.5: the task of a class by the tasks' sizes, not by that of the last");
     v("stale_gradient", stale_gradient, anything(),
-      "repair 8.6 switched off: the first gradient of a task holds that of the last alignment "
-      "step");
+      "repair 8.6 switched off: the first ascent of a task holds the gradient of the last "
+      "alignment step");
   }
 };
 

@@ -6,7 +6,6 @@
 #include <cmath>
 
 #include "ntkcl/core/error.h"
-#include "ntkcl/methods/gaussian_alignment.h"
 #include "ntkcl/nn/cosine_head.h"
 #include "ntkcl/stats/drift.h"
 
@@ -26,10 +25,25 @@ at::Tensor cosface(const at::Tensor& features, const at::Tensor& weight, const a
 }
 
 at::Tensor shares_of(const at::Tensor& uniform, const std::string& kind) {
+  NTKCL_CHECK(kind == "uniform_norm" || kind == "dirichlet", kWhere,
+              "'alpha': expected uniform_norm or dirichlet, got '", kind, "'");
   const at::Tensor u = kind == "dirichlet" ? -at::log1p(-uniform) : uniform;
   const at::Tensor sum = u.sum(1, /*keepdim=*/true);
   const double equal = 1.0 / static_cast<double>(u.size(1));
   return at::where(sum.gt(0), u / sum, equal);
+}
+
+std::vector<int64_t> tasks_of_classes(const std::vector<int64_t>& sizes, const std::string& kind) {
+  std::vector<int64_t> tasks;
+  for (size_t t = 0; t < sizes.size(); ++t) {
+    tasks.insert(tasks.end(), static_cast<size_t>(sizes[t]), static_cast<int64_t>(t));
+  }
+  if (kind == "release") {
+    for (size_t c = 0; c < tasks.size(); ++c) {
+      tasks[c] = static_cast<int64_t>(c) / sizes.back();
+    }
+  }
+  return tasks;
 }
 
 Raa::Raa(Options options, const nn::VisionTransformer& vit, RandomSource& random)
@@ -49,6 +63,7 @@ Raa::Raa(Options options, const nn::VisionTransformer& vit, RandomSource& random
   before_ = at::zeros({0, c}, vit.options());
   stale_ = at::zeros({0, c}, vit.options());
   task_sizes_ = at::zeros({0}, at::kLong);
+  merged_ = at::zeros({1}, at::kLong);
 }
 
 // ---- Features ----
@@ -69,13 +84,17 @@ std::vector<optim::ParameterGroup> Raa::before_task(TaskServices& services) {
   const TaskInfo& task = services.task();
   training_ = {};
   training_.task = task;
+  shared_ = {};
+  NTKCL_CHECK(!options_.alignment.on || gaussians_.classes() == task.n_old, "state",
+              "gaussians.*: expected the ", task.n_old, " classes learned before, got ",
+              gaussians_.classes());
   const at::Tensor fresh = services.random().normal({"head.weight", task.index},
                                                     {task.n_new, vit_.width()}, vit_.options()) *
                            kHeadDeviation;
   head_ = at::cat({head_.narrow(0, 0, task.n_old).detach(), fresh});
   task_sizes_ =
       at::cat({task_sizes_.narrow(0, 0, task.index), at::full({1}, task.n_new, at::kLong)});
-  before_ = before_.narrow(0, 0, 0);
+  before_ = at::zeros({0, vit_.width()}, vit_.options());
   if (!task.first() && drifts()) {
     before_ = drift_features("before", services);
   }
@@ -85,8 +104,11 @@ std::vector<optim::ParameterGroup> Raa::before_task(TaskServices& services) {
       branches_.range(training_.frozen, options_.n_adapters - training_.frozen).detached();
   optim::ParameterGroup adapters{
       .name = "adapters", .parameters = training_.branches.tensors(), .stacked_dims = 2};
-  for (const at::Tensor& block : head_.split_with_sizes(
-           at::IntArrayRef(task_sizes_.const_data_ptr<int64_t>(), task_sizes_.numel()))) {
+  // Old heads only decay, so that one tensor does; but for the gradient that the release leaves over.
+  const std::vector<int64_t> blocks = options_.stale_gradient || task.first()
+                                          ? sizes()
+                                          : std::vector<int64_t>{task.n_old, task.n_new};
+  for (const at::Tensor& block : head_.split_with_sizes(blocks)) {
     training_.head.push_back(block.detach());
   }
   optim::ParameterGroup head{.name = "head", .parameters = training_.head};
@@ -105,9 +127,14 @@ std::vector<nn::Dropout> Raa::dropout(const std::string& purpose, const StepInfo
     return of_blocks;
   }
   for (int64_t l = 0; l < vit_.depth(); ++l) {
-    of_blocks.push_back(
-        {.p = options_.adapter_dropout,
-         .key = random.dropout_key({purpose, training_.task.index, step.step, pass_of(step), l})});
+    const Draw draw{purpose, training_.task.index, step.step, pass_of(step), l};
+    nn::Dropout d{.p = options_.adapter_dropout};
+    if (const auto mask = random.recorded(draw)) {
+      d.mask = mask->to(vit_.options().device());
+    } else {
+      d.key = random.dropout_key(draw);
+    }
+    of_blocks.push_back(std::move(d));
   }
   return of_blocks;
 }
@@ -172,12 +199,9 @@ Losses Raa::gradients(const Batch& batch, const StepInfo& step, TaskServices& se
   const auto [of_branches, of_mixture] = losses(features, batch);
   const at::Tensor total = of_mixture.defined() ? of_branches + of_mixture : of_branches;
   total.backward();
-  if (step.step == 0 && step.pass == 0 && stale_.size(0) > 0) {  // 8.6
-    int64_t first = 0;
-    for (size_t t = 0; t + 1 < training_.head.size() && first < stale_.size(0); ++t) {
-      const int64_t rows = training_.head[t].size(0);
-      training_.head[t].mutable_grad() = stale_.narrow(0, first, rows).clone();
-      first += rows;
+  for (size_t block = 0; block + 1 < training_.head.size(); ++block) {
+    if (const at::Tensor stale = stale_of(block, step); stale.defined()) {
+      training_.head[block].mutable_grad() = stale;
     }
   }
   Losses result{{"branches", of_branches.detach()}};
@@ -186,6 +210,16 @@ Losses Raa::gradients(const Batch& batch, const StepInfo& step, TaskServices& se
   }
   result.emplace_back("total", total.detach());
   return result;
+}
+
+// 8.6: in a task's first ascent.
+at::Tensor Raa::stale_of(size_t block, const StepInfo& step) const {
+  const bool applies = options_.stale_gradient && step.step == 0 && step.pass + 1 < step.passes;
+  if (!applies || stale_.size(0) == 0) {
+    return {};
+  }
+  const std::vector<int64_t> old = sizes();
+  return stale_.split_with_sizes(at::IntArrayRef(old).slice(0, old.size() - 1))[block].clone();
 }
 
 // Over the task's own classes (section 3.1).
@@ -207,7 +241,7 @@ std::vector<std::string> Raa::stages(const TaskInfo& task) const {
   if (options_.n_adapters > 1) {
     stages.push_back("merging");
   }
-  if (options_.alignment) {
+  if (options_.alignment.on) {
     stages.push_back("statistics");
     if (!task.first()) {
       stages.push_back("alignment");
@@ -228,13 +262,17 @@ void Raa::run_stage(const std::string& stage, TaskServices& services) {
   }
 }
 
-// Branch 1 becomes the mean of all (section 2.4).
+// Branch 1 becomes the mean of all (section 2.4); once, if the stage is repeated.
 void Raa::merge() {
+  if (merged_.item<int64_t>() > training_.task.index) {
+    return;
+  }
   const std::vector<at::Tensor> mean = branches_.mean().tensors();
   const std::vector<at::Tensor> merged = branches_.branch(0).tensors();
   for (size_t i = 0; i < merged.size(); ++i) {
     merged[i].copy_(mean[i]);
   }
+  merged_.fill_(training_.task.index + 1);
 }
 
 at::Tensor Raa::drift_features(const std::string& when, TaskServices& services) const {
@@ -266,53 +304,32 @@ void Raa::gather_statistics(TaskServices& services) {
     // Paired, the features of the statistics are those after training.
     const at::Tensor after = options_.drift == "paired" ? rows : drift_features("after", services);
     gaussians_.move(stats::gaussian_drift(before_, after, gaussians_.means(), options_.sigma));
-    before_ = before_.narrow(0, 0, 0).clone();
+    before_ = at::zeros({0, vit_.width()}, vit_.options());
   }
   for (int64_t c = task.n_old; c < task.n_seen(); ++c) {
     const at::Tensor of_class = labels.eq(c).nonzero().squeeze(1);
     NTKCL_CHECK(of_class.size(0) > 0, "data", "class ", task.class_ids[static_cast<size_t>(c)],
                 ": expected at least one readable training image, got none");
-    gaussians_.add_class(rows.index_select(0, of_class), options_.covariance_eps);
+    gaussians_.add_class(rows.index_select(0, of_class), options_.alignment.covariance_eps);
   }
 }
 
-std::vector<int64_t> Raa::tasks_of_classes(const TaskInfo& task) const {
-  std::vector<int64_t> tasks;
-  if (options_.kappa == "release") {  // 8.5
-    for (int64_t c = 0; c < task.n_seen(); ++c) {
-      tasks.push_back(c / task.n_new);
-    }
-  } else {
-    for (int64_t t = 0; t <= task.index; ++t) {
-      tasks.insert(tasks.end(), static_cast<size_t>(task_sizes_[t].item<int64_t>()), t);
-    }
-  }
-  return tasks;
+std::vector<int64_t> Raa::sizes() const {
+  const int64_t* sizes = task_sizes_.const_data_ptr<int64_t>();
+  return {sizes, sizes + task_sizes_.numel()};
 }
 
 void Raa::align(TaskServices& services) {
   const TaskInfo& task = training_.task;
   services.evaluate("before alignment");
-  training_.head.clear();
-  RandomSource& random = services.random();
-  const GaussianDraws draws{
-      .permutation =
-          [&](int64_t epoch, int64_t count) {
-            services.progress("alignment", epoch, options_.alignment_epochs);
-            return random.permutation({"alignment.order", task.index, epoch}, count);
-          },
-      .normals =
-          [&](int64_t epoch, int64_t number) {
-            return random.normal({"alignment.normals", task.index, epoch, number},
-                                 {options_.alignment_samples, vit_.width()}, vit_.options());
-          }};
+  const at::Tensor aligned = head_.detach().clone();  // a repeated stage begins from head_ again
+  const std::vector<int64_t> tasks = tasks_of_classes(sizes(), options_.kappa);
   const HeadTraining done = align_on_gaussians(
-      {head_}, [&](const at::Tensor& x) { return nn::cosines(x, head_) * options_.logit_scale; },
-      gaussians_, mean_factors(tasks_of_classes(task), task.index, options_.alignment_mean),
-      {.epochs = options_.alignment_epochs,
-       .learning_rate = options_.alignment_learning_rate,
-       .samples = options_.alignment_samples},
-      draws);
+      {aligned},
+      [&](const at::Tensor& x) { return nn::cosines(x, aligned) * options_.logit_scale; },
+      gaussians_, mean_factors(tasks, task.index, options_.alignment.lowest_mean),
+      options_.alignment, gaussian_draws(services, gaussians_, options_.alignment));
+  head_ = aligned;
   if (options_.stale_gradient) {
     stale_ = done.gradients.front();
   }
@@ -324,6 +341,7 @@ void Raa::visit_state(const StateVisitor& visitor) {
   branches_.visit("branch", visitor);
   visitor("head", head_);
   visitor("task_sizes", task_sizes_);
+  visitor("merged_tasks", merged_);
   gaussians_.visit_state("gaussians.", visitor);
   visitor("features_before", before_);
   visitor("stale_gradient", stale_);
@@ -333,20 +351,25 @@ void Raa::visit_state(const StateVisitor& visitor) {
 // Tensors that came from outside fit each other.
 void Raa::check_state() const {
   const int64_t c = vit_.width();
-  NTKCL_CHECK(task_sizes_.dim() == 1 && task_sizes_.scalar_type() == at::kLong, "state",
-              "task_sizes: expected int64 (tasks), got ", task_sizes_.toString(),
-              task_sizes_.sizes());
+  NTKCL_CHECK(task_sizes_.dim() == 1 && task_sizes_.scalar_type() == at::kLong &&
+                  task_sizes_.gt(0).all().item<bool>(),
+              "state", "task_sizes: expected positive int64 numbers (tasks), got ",
+              task_sizes_.toString(), task_sizes_.sizes());
+  NTKCL_CHECK(merged_.sizes() == at::IntArrayRef({1}), "state",
+              "merged_tasks: expected one number, got ", merged_.sizes());
   const int64_t seen = task_sizes_.sum().item<int64_t>();
   NTKCL_CHECK(head_.sizes() == at::IntArrayRef({seen, c}), "state", "head: expected [", seen, ", ",
               c, "], got ", head_.sizes());
   NTKCL_CHECK(gaussians_.classes() <= seen, "state", "gaussians.*: expected at most ", seen,
               " classes, got ", gaussians_.classes());
-  for (const at::Tensor* rows : {&before_, &stale_}) {
-    NTKCL_CHECK(rows->dim() == 2 && rows->size(1) == c, "state",
-                "features_before, stale_gradient: expected (n, ", c, "), got ", rows->sizes());
-  }
-  NTKCL_CHECK(stale_.size(0) <= seen, "state", "stale_gradient: expected at most ", seen,
-              " rows, got ", stale_.size(0));
+  NTKCL_CHECK(before_.dim() == 2 && before_.size(1) == c, "state", "features_before: expected (n, ",
+              c, "), got ", before_.sizes());
+  // Of all classes, or of all but those of the task that is trained.
+  const int64_t last = task_sizes_.numel() > 0 ? task_sizes_[-1].item<int64_t>() : 0;
+  NTKCL_CHECK(stale_.dim() == 2 && stale_.size(1) == c &&
+                  (stale_.size(0) == 0 || stale_.size(0) == seen || stale_.size(0) == seen - last),
+              "state", "stale_gradient: expected (n, ", c, ") with n = 0, ", seen - last, " or ",
+              seen, ", got ", stale_.sizes());
 }
 
 }  // namespace ntkcl::methods::raa

@@ -12,9 +12,13 @@ namespace ntkcl::methods::raa {
 at::Tensor cosface(const at::Tensor& features, const at::Tensor& weight, const at::Tensor& labels,
                    double scale, double margin);
 
-// (L, n), each row positive and of sum 1, for uniform draws u (L, n): u / sum u, or -log(1 - u) in
-// their place for a flat Dirichlet (section 2.2).
+// (L, n), no share negative and each row of sum 1, for uniform draws u (L, n): u / sum u
+// ("uniform_norm"), or -log(1 - u) in their place for a flat Dirichlet ("dirichlet", section 2.2).
 at::Tensor shares_of(const at::Tensor& uniform, const std::string& kind);
+
+// The task of each class of tasks of these sizes; as released by the size of the last alone
+// ("release", 8.5), else "cumulative".
+std::vector<int64_t> tasks_of_classes(const std::vector<int64_t>& sizes, const std::string& kind);
 
 // Random Amalgamation of Adapters (Deng et al., AAAI-26): adapter branches beside a random mixture
 // of them, trained with SAM+ and merged after every task; old prototypes move with the features,
@@ -40,7 +44,7 @@ class Raa : public Method {
     TaskInfo task;
     int64_t frozen = 0;            // branches, from the first, that do not train
     nn::BranchList branches;       // those that do; parts of branches_
-    std::vector<at::Tensor> head;  // of each task, parts of head_
+    std::vector<at::Tensor> head;  // of old tasks and this one, parts of head_
   };
   // Of a batch, the same in both passes of a SAM step.
   struct Shared {
@@ -50,7 +54,7 @@ class Raa : public Method {
   };
 
   // Class statistics serve the alignment alone.
-  bool drifts() const { return options_.alignment && options_.drift != "off"; }
+  bool drifts() const { return options_.alignment.on && options_.drift != "off"; }
   bool mixes() const { return options_.amalgamation != "none"; }
   int64_t pass_of(const StepInfo& step) const { return options_.share_noise ? 0 : step.pass; }
   std::vector<nn::Dropout> dropout(const std::string& purpose, const StepInfo& step,
@@ -62,10 +66,12 @@ class Raa : public Method {
 
   void merge();
   void gather_statistics(TaskServices& services);
+  // Part of the left-over gradient that concerns block `block` of the head; undefined if none.
+  at::Tensor stale_of(size_t block, const StepInfo& step) const;
   // Features before or after training, as drift wants them.
   at::Tensor drift_features(const std::string& when, TaskServices& services) const;
   void align(TaskServices& services);
-  std::vector<int64_t> tasks_of_classes(const TaskInfo& task) const;
+  std::vector<int64_t> sizes() const;  // of the tasks begun
   void check_state() const;
 
   Options options_;
@@ -73,6 +79,7 @@ class Raa : public Method {
   nn::BranchList branches_;
   at::Tensor head_;                  // (n_seen, C)
   at::Tensor task_sizes_;            // (tasks begun) int64 on the CPU
+  at::Tensor merged_;                // (1) int64 on the CPU: tasks whose branches are merged
   stats::ClassGaussians gaussians_;  // of classes seen
   at::Tensor before_;                // (n, C), features before training; empty without drift
   at::Tensor stale_;                 // (n_old, C), gradient of the last alignment step, or empty
