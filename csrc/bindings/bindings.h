@@ -35,7 +35,7 @@ using TensorDict = std::map<std::string, at::Tensor>;
 TensorDict method_state(methods::Method& method);
 // Copies the tensors of `state` into the method; unknown names are an error, and where the state is
 // `whole`, missing ones.
-void load_method_state(methods::Method& method, TensorDict state, bool whole);
+void load_method_state(methods::Method& method, const TensorDict& state, bool whole);
 // Draws that fn(purpose, task, step, list, layer) gives; None: drawn from the seed.
 std::unique_ptr<methods::RandomSource> recorded_random(uint64_t seed, py::function fn);
 

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <numeric>
+#include <set>
 
 #include "bindings.h"
 #include "ntkcl/core/error.h"
@@ -202,23 +203,29 @@ TensorDict method_state(methods::Method& method) {
   return state;
 }
 
-void load_method_state(methods::Method& method, TensorDict state, bool whole) {
+void load_method_state(methods::Method& method, const TensorDict& state, bool whole) {
+  std::set<std::string> known;
+  method.visit_state([&](const std::string& name, at::Tensor&) { known.insert(name); });
+  for (const auto& [name, tensor] : state) {
+    NTKCL_CHECK(known.count(name), "state", "unknown tensor '", name, "'");
+  }
+  for (const std::string& name : known) {
+    NTKCL_CHECK(!whole || state.count(name), "state", "expected a tensor '", name,
+                "', but it is missing");
+  }
   method.visit_state([&](const std::string& name, at::Tensor& tensor) {
     const auto found = state.find(name);
     if (found == state.end()) {
-      NTKCL_CHECK(!whole, "state", "expected a tensor '", name, "', but it is missing");
       return;
     }
-    const at::Tensor value = found->second;
+    const at::Tensor& value = found->second;
     if (tensor.sizes() == value.sizes()) {
       const at::NoGradGuard no_grad;
       tensor.copy_(value);
     } else {
       tensor = value.to(tensor.options(), /*non_blocking=*/false, /*copy=*/true);
     }
-    state.erase(found);
   });
-  NTKCL_CHECK(state.empty(), "state", "unknown tensor '", state.begin()->first, "'");
 }
 
 void init_methods(py::module_& m) {
@@ -244,8 +251,8 @@ void init_methods(py::module_& m) {
       .def("optimizer_state", &MethodSession::optimizer_state)
       .def(
           "load_state",
-          [](MethodSession& s, TensorDict state) {
-            load_method_state(s.method(), std::move(state), /*whole=*/false);
+          [](MethodSession& s, const TensorDict& state) {
+            load_method_state(s.method(), state, /*whole=*/false);
           },
           py::arg("state"));
 }

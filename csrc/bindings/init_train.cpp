@@ -146,10 +146,11 @@ void init_train(py::module_& m) {
           "Every tensor of the method by name, as copies.")
       .def(
           "load_state",
-          [](train::Trainer& t, TensorDict state) {
-            load_method_state(t.method(), std::move(state), /*whole=*/true);
+          [](train::Trainer& t, const TensorDict& state, bool partial) {
+            load_method_state(t.method(), state, /*whole=*/!partial);
           },
-          py::arg("state"))
+          py::arg("state"), py::arg("partial") = false,
+          "Of every tensor of the method; or of some, and the others stay as they are.")
       .def(
           "scores",
           [](const train::Trainer& t, const at::Tensor& images) {

@@ -532,7 +532,12 @@ class Trainer:
         std: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
         draws: collections.abc.Callable | None = None,
     ) -> None: ...
-    def load_state(self, state: collections.abc.Mapping[str, torch.Tensor]) -> None: ...
+    def load_state(
+        self, state: collections.abc.Mapping[str, torch.Tensor], partial: bool = False
+    ) -> None:
+        """
+        Of every tensor of the method; or of some, and the others stay as they are.
+        """
     def run(
         self,
         on_event: collections.abc.Callable | None = None,

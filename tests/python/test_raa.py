@@ -137,7 +137,7 @@ def test_a_state_loads_into_a_fresh_method() -> None:
         broken[name] = change(broken[name])
         with pytest.raises(ValueError, match=rf"\[state\] {message}"):
             bare_trainer("raa", QUICK).load_state(broken)
-    with pytest.raises(ValueError, match=r"a tensor 'branch2.0.down.weight', but it is missing"):
+    with pytest.raises(ValueError, match=r"a tensor 'branch2.0.down.bias', but it is missing"):
         bare_trainer("raa", QUICK | {"n_adapters": 3}).load_state(trained.state())
     without = session({"alignment": False})
     a_task(without)

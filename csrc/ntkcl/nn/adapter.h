@@ -44,7 +44,7 @@ struct AdapterList {
   void visit(const std::string& prefix, const NamedTensorFn& fn);
 };
 
-// drop(relu(x + bias)): the middle of an adapter, or of several side by side (ops/bias_relu_dropout).
+// drop(relu(x + bias)), the middle of an adapter or of several: see ops/bias_relu_dropout.h.
 at::Tensor bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias, const Dropout& dropout);
 
 // drop(relu(W_down h + b_down)) W_up^T + b_up, without scale and residual: (B, T, C) -> (B, T, C).

@@ -28,7 +28,7 @@ TORCH_LIBRARY(ntkcl, m) {
       " -> (Tensor, Tensor)");
   m.def("bias_relu_dropout(Tensor x, Tensor bias, Tensor? mask, Tensor? key, float p) -> Tensor");
   m.def(
-      "bias_relu_dropout_backward(Tensor grad, Tensor y, float p, int groups)"
+      "bias_relu_dropout_backward(Tensor grad, Tensor y, float p, int groups=-1)"
       " -> (Tensor, Tensor)");
   m.def(
       "composed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up,"

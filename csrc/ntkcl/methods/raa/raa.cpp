@@ -104,7 +104,7 @@ std::vector<optim::ParameterGroup> Raa::before_task(TaskServices& services) {
       branches_.range(training_.frozen, options_.n_adapters - training_.frozen).detached();
   optim::ParameterGroup adapters{
       .name = "adapters", .parameters = training_.branches.tensors(), .stacked_dims = 2};
-  // Old heads only decay, so that one tensor does; but for the gradient that the release leaves over.
+  // Old heads only decay: one tensor does, but where the release leaves a gradient over.
   const std::vector<int64_t> blocks = options_.stale_gradient || task.first()
                                           ? sizes()
                                           : std::vector<int64_t>{task.n_old, task.n_new};
