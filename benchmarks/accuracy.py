@@ -32,6 +32,7 @@ from accuracy_runs import (
     Record,
     append_record,
     find_record,
+    main_seeds,
     read_records,
 )
 
@@ -73,7 +74,11 @@ def main() -> None:
         arguments.validation,
     )
     if not arguments.only and not arguments.list:
-        cases = [case for case in cases if case.normalize in MAIN[case.name]]
+        cases = [
+            case
+            for case in cases
+            if case.normalize in MAIN[case.name] and case.seed in main_seeds(case.name, protocol)
+        ]
     if arguments.list:
         show(cases, places)
         return

@@ -4,7 +4,15 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from accuracy_runs import MAIN, NORMALIZATIONS, PROTOCOLS, RUNS, Protocol, Record
+from accuracy_runs import (
+    MAIN,
+    NORMALIZATIONS,
+    PROTOCOLS,
+    RUNS,
+    Protocol,
+    Record,
+    main_seeds,
+)
 
 _HEAD = """# Results
 
@@ -26,6 +34,22 @@ COMPARED = (
     ("lorac-ipc", "lorac-ipc-plain"),
     ("lorac-ipc", "corrected"),
     ("lorac-ipc", "simple-cil"),
+    ("raa-amalgamation", "raa-nothing"),
+    ("raa-sam", "raa-nothing"),
+    ("raa-sam+", "raa-nothing"),
+    ("raa", "raa-nothing"),
+    ("raa", "raa-code"),
+    ("raa", "raa-release"),
+    ("raa", "raa-no-drift"),
+    ("raa", "raa-no-alignment"),
+    ("raa", "simple-cil"),
+    ("raa", "corrected"),
+    ("raa", "lorac-ipc"),
+    ("corrected-raa-drift", "corrected"),
+    ("corrected-alignment", "corrected"),
+    ("lorac-ipc-last", "lorac-ipc"),
+    ("lorac-ipc-last-drift", "lorac-ipc-last"),
+    ("lorac-ipc-full", "lorac-ipc"),
 )
 
 
@@ -47,7 +71,7 @@ def missing_runs(protocol: Protocol, records: Sequence[Record]) -> dict[str, lis
     present = {(record["name"], record["normalize"], record["seed"]) for record in records}
     seeds = {
         f"{name} {normalize}": [
-            seed for seed in protocol.seeds if (name, normalize, seed) not in present
+            seed for seed in main_seeds(name, protocol) if (name, normalize, seed) not in present
         ]
         for name, normalizations in MAIN.items()
         for normalize in normalizations
@@ -107,7 +131,7 @@ def _choice_of_mode(records: list[Record]) -> str:
 
 def _completeness(protocol: Protocol, main: list[Record]) -> str:
     missing = missing_runs(protocol, main)
-    total = sum(map(len, MAIN.values())) * len(protocol.seeds)
+    total = sum(len(inputs) * len(main_seeds(name, protocol)) for name, inputs in MAIN.items())
     if not missing:
         return f"All {total} runs of the main comparison are recorded.\n"
     count = sum(len(seeds) for seeds in missing.values())

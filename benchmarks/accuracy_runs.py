@@ -96,11 +96,38 @@ def _raa(about: str, variant: str = "corrected", **settings: Any) -> Run:
 
 
 NORMALIZATIONS = ("none", "weights")
+# One seed is enough for the rows between nothing and all of RAA.
+_ABLATION = (
+    "raa-amalgamation",
+    "raa-sam",
+    "raa-sam+",
+    "raa-code",
+    "raa-release",
+    "raa-no-drift",
+    "raa-no-alignment",
+)
+# RAA's drift and alignment in the other methods.
+_BORROWED = (
+    "corrected-raa-drift",
+    "corrected-alignment",
+    "lorac-ipc-last",
+    "lorac-ipc-last-drift",
+    "lorac-ipc-full",
+)
 # The main comparison: names in RUNS, and the inputs that each is run with.
 MAIN: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("simple-cil", "release", "corrected"), NORMALIZATIONS),
     **dict.fromkeys(("lorac-plain", "lorac-ipc-plain", "lorac", "lorac-ipc"), ("weights",)),
+    **dict.fromkeys(("raa-nothing", "raa", *_ABLATION), ("weights",)),
+    **dict.fromkeys(_BORROWED, ("weights",)),
 }
+
+
+def main_seeds(name: str, protocol: Protocol) -> tuple[int, ...]:
+    """Seeds of a run of the main comparison."""
+    return protocol.seeds[:1] if name in _ABLATION else protocol.seeds
+
+
 RUNS: Mapping[str, Run] = {
     "simple-cil": Run("simple-cil", "corrected", "class means of the frozen backbone"),
     "release": _release("NTK-CL as released"),
@@ -131,6 +158,20 @@ RUNS: Mapping[str, Run] = {
     "raa-release": _raa("RAA as released", variant="release"),
     "raa-no-drift": _raa("RAA without drift compensation", raa_drift="off"),
     "raa-no-alignment": _raa("RAA without drift compensation and alignment", raa_alignment=False),
+    "corrected-raa-drift": _corrected("NTK-CL with RAA's drift", drift="paired"),
+    "corrected-alignment": _corrected("NTK-CL with RAA's alignment", alignment=True),
+    "lorac-ipc-last": Run(
+        *("lorac-ipc", "corrected", "LoRAC+IPC, every image by the last weights"),
+        {"lorac_ipc.inference": "none"},
+    ),
+    "lorac-ipc-last-drift": Run(
+        *("lorac-ipc", "corrected", "the same with RAA's drift"),
+        {"lorac_ipc.inference": "none", "lorac_ipc.drift": "paired"},
+    ),
+    "lorac-ipc-full": Run(
+        *("lorac-ipc", "corrected", "LoRAC+IPC aligned on one full Gaussian a class"),
+        {"lorac_ipc.alignment_covariance": "full"},
+    ),
     # Settings of RAA, for held-out images: of its plain form, the choice is for all of them.
     "raa-nothing-lr-0.003": _raa(
         "SSIAT, learning rate 0.003", optimizer="sgd", learning_rate=0.003, **_ONE_ADAPTER
