@@ -161,7 +161,8 @@ def _class_order(config: Config, count: int) -> list[int]:
     if order == "natural":
         return list(range(count))
     if order == "seed":
-        return [int(index) for index in _C.numpy_permutation(config.seed, count)]
+        seed = config.seed if config.class_order_seed is None else config.class_order_seed
+        return [int(index) for index in _C.numpy_permutation(seed, count)]
     if len(order) != count:
         raise ValueError(
             f"[config] 'class_order': expected {count} class indices, as '{config.dataset}' has "

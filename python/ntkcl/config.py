@@ -79,6 +79,9 @@ class Config(BaseModel):
         "seed",
         description="'seed': permuted by the seed; 'natural': as the data set; or class indices",
     )
+    class_order_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        None, description="seed that permutes the classes; none: as `seed`"
+    )
     output: str | None = Field(None, description="run folder; none: runs/<method>-<dataset>-<time>")
     progress: bool = Field(True, description="show progress")
 
@@ -271,6 +274,7 @@ def _own_type(key: str) -> tuple[str, Any, str]:
         "test_per_class": ("int", default, ">= 1"),
         "normalize": ("str", "by variant", "none, weights or {mean, std}"),
         "class_order": ("str", default, "seed, natural or class indices"),
+        "class_order_seed": ("int", default, ">= 0"),
         "method": ("str", default, "one of: " + ", ".join(_C.describe_options()["methods"])),
         "variant": ("str", default, "one of: " + ", ".join(_VARIANT_NORMALIZE)),
     }
@@ -405,7 +409,7 @@ def _check_combinations(config: Config) -> None:
             f"got schedule '{config.schedule}'"
         )
     order = config.class_order
-    if order == "seed" and config.seed >= 2**32:
+    if order == "seed" and config.class_order_seed is None and config.seed >= 2**32:
         raise ValueError(
             "[config] 'seed': expected less than 2**32 where it permutes the classes "
             f"(class_order 'seed'), got {config.seed}"

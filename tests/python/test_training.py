@@ -115,6 +115,12 @@ def test_the_same_seed_gives_the_same_bits_for_any_number_of_loader_threads(
     assert step_losses(again) == step_losses(reference)
 
 
+def test_the_classes_may_have_a_seed_of_their_own(tmp_path: Path, reference: ntkcl.Result) -> None:
+    other = train(tmp_path / "run", seed=1, class_order_seed=5)
+    assert class_order(other) == class_order(reference)  # seed 5
+    assert class_order(other) == _C.numpy_permutation(5, CLASSES)
+
+
 @pytest.mark.parametrize("changed", [{"seed": 6}, {"transform": "resize"}])
 def test_another_seed_and_another_augmentation_train_other_weights(
     tmp_path: Path, reference: ntkcl.Result, changed: dict[str, Any]
