@@ -20,8 +20,8 @@ using stats::ClusterGaussians;
 void init_importance(py::module_& m) {
   py::class_<ImportanceAverage>(m, "ImportanceAverage",
                                 "Smoothed importance and uncertainty of each weight matrix.")
-      .def(py::init<double, double>(), py::arg("mean_decay") = 0.85,
-           py::arg("uncertainty_decay") = 0.85)
+      .def(py::init<double, double, bool>(), py::arg("mean_decay") = 0.85,
+           py::arg("uncertainty_decay") = 0.85, py::arg("plain") = false)
       .def("add", &ImportanceAverage::add, py::arg("importance"), "One step's (types, blocks).")
       .def_property_readonly("mean", &ImportanceAverage::mean)
       .def_property_readonly("uncertainty", &ImportanceAverage::uncertainty)

@@ -101,8 +101,13 @@ at::Tensor lora_pass(const nn::VisionTransformer& vit, const at::Tensor& images,
     group.omega = at::stack(weights, 1);
   }
   lora.train(current, old);
-  return vit.class_feature(
-      nn::pass_with_products(vit, images, lora.products(probes.value_or(at::Tensor()))));
+  nn::ComposedLora::Probes of_groups;
+  for (const nn::LoraGroup& group : lora.groups()) {
+    if (probes) {
+      of_groups.push_back(probes->narrow(0, group.first_type, group.types()).unbind(1));
+    }
+  }
+  return vit.class_feature(nn::pass_with_products(vit, images, lora.products(of_groups)));
 }
 
 at::Tensor fuse(const std::string& kind, const at::Tensor& channel, const at::Tensor& patch,

@@ -208,6 +208,7 @@ class ImportanceAverage:
         self,
         mean_decay: typing.SupportsFloat | typing.SupportsIndex = 0.85,
         uncertainty_decay: typing.SupportsFloat | typing.SupportsIndex = 0.85,
+        plain: bool = False,
     ) -> None: ...
     def add(self, importance: torch.Tensor) -> None:
         """

@@ -346,6 +346,53 @@ def test_importance_is_measured_in_the_window_alone() -> None:
     assert not torch.equal(scores[2], scores[0])
 
 
+def test_plain_means_of_a_tasks_last_epoch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    importance = torch.rand(7, 6, 3, generator=generator, dtype=torch.float64)
+    average = _C.ImportanceAverage(plain=True)
+    doubts = []
+    for k, step in enumerate(importance):
+        average.add(step)
+        doubts.append((step - importance[: k + 1].mean(0)).abs())
+    torch.testing.assert_close(average.mean, importance.mean(0))
+    torch.testing.assert_close(average.uncertainty, torch.stack(doubts).mean(0))
+    torch.testing.assert_close(average.score(), average.mean * average.uncertainty)
+
+
+def test_the_last_epoch_alone_is_measured(tmp_path: Path) -> None:
+    # Two classes of 8 images, batch 8: two steps an epoch.
+    result = train(tmp_path / "run", epochs=3, lorac_ipc={"importance_average": "epoch"})
+    assert int((state(result)["mask"] == 0).sum()) == len(result.evaluations)
+    trainer, measured = bare_trainer("lorac-ipc", QUICK | {"importance_average": "epoch"}), []
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["task"] == 0:
+            measured.append(trainer.state().get("importance.steps"))
+
+    trainer.run(listen, None)
+    assert [None if n is None else n.item() for n in measured] == [1, 2]
+
+
+def test_importance_of_every_entry() -> None:
+    # One step: the average is the importance itself, times 0.15, and its mean is the matrix's.
+    images, labels = images_of(2, 8, np.random.default_rng(0))
+    batch, labels = pixels(images), torch.from_numpy(labels)
+    states = {}
+    for kind in ("matrix", "entry"):
+        method = session({"importance_of": kind, "inference": "none", "alignment": False})
+        method.begin_task(0, 0, 2, 2, 16, batch, labels, classes=2)
+        method.step(batch, labels, 0.005)
+        states[kind] = method.state()
+        method.step(batch, labels, 0.005)
+        method.run_stages()
+        assert (method.state()["mask"] == 0).sum() == 1
+    matrix, entry = states["matrix"]["importance.mean"], states["entry"]
+    tables = [entry[f"importance.{group}.mean"] for group in ("attention", "fc1", "fc2")]
+    assert tables[0].shape == (6, 4, 96, 96)
+    of_types = torch.cat([table.mean((2, 3)).T for table in tables])
+    torch.testing.assert_close(of_types.double(), matrix, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("threshold", [0.3, 0.5])
 def test_the_next_task_begins_from_the_last_snapshot(threshold: float) -> None:
     # B = 0: the composition of a fresh module is the snapshot, frozen matrices included (with 0.5

@@ -684,6 +684,9 @@ def test_composed_linear_tells_the_importance(size):
     y.backward(grad)
     dense = torch.einsum("...o,...i->oi", grad, arguments["x"]).view_as(weight)
     torch.testing.assert_close(probe.grad, (weight * dense).abs().mean((1, 2)))
+    entries = torch.zeros_like(weight, requires_grad=True)
+    composed_linear(**arguments, probe=entries).backward(grad)
+    torch.testing.assert_close(entries.grad, (weight * dense).abs())
     # Composed before: the same.
     arguments["weight"] = weight
     torch.testing.assert_close(composed_linear(**arguments, composed=True), y)
@@ -736,7 +739,7 @@ def test_composed_linear_errors():
         ({"omega": None}, "expected old_down, old_up and omega together, or none"),
         ({"omega": random(3, 2)}, r"expected old_down of shape \[3, 24, 4\], got \[3, 24, 6\]"),
         ({"bias": random(3)}, r"expected bias of shape \[72\], got \[3\]"),
-        ({"probe": random(2)}, r"expected probe of shape \[3\], got \[2\]"),
+        ({"probe": random(2)}, r"expected probe \(g\) or of weight's shape .*, got \[2\]"),
         (
             {"old_up": good["old_up"].clone().requires_grad_()},
             "expected old_down and old_up that require no gradient",

@@ -37,10 +37,11 @@ struct Batch {
 };
 
 struct StepInfo {
-  int64_t step = 0;    // within the task, from 0
-  int64_t pass = 0;    // which gradient of this step the optimiser asks for (SAM asks for two)
-  int64_t passes = 1;  // how many it asks for
-  int64_t steps = 0;   // of the task, 0 where not known
+  int64_t step = 0;         // within the task, from 0
+  int64_t pass = 0;         // which gradient of this step the optimiser asks for (SAM asks for two)
+  int64_t passes = 1;       // how many it asks for
+  int64_t steps = 0;        // of the task, 0 where not known
+  int64_t epoch_steps = 0;  // of an epoch, 0 where not known
 };
 
 // Scalars that stay on the device; the loop reads them when it does not hurt.

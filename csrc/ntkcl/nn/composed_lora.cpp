@@ -192,7 +192,7 @@ at::Tensor ComposedLora::compose(const LoraGroup& group, const Constants& consta
   return weight.view_as(group.pretrained).to(vit_.product_type());
 }
 
-std::vector<BlockProducts> ComposedLora::products(const at::Tensor& probes) const {
+std::vector<BlockProducts> ComposedLora::products(const Probes& probes) const {
   NTKCL_ASSERT(constants_.size() == groups_.size());
   std::vector<BlockProducts> products(static_cast<size_t>(blocks()));
   for (size_t i = 0; i < groups_.size(); ++i) {
@@ -212,9 +212,8 @@ std::vector<BlockProducts> ComposedLora::products(const at::Tensor& probes) cons
               {},
               constants_[i].scales[l],
               constants_[i].omega_scales[l]};
-      if (probes.defined()) {
-        s.probe =
-            probes.select(1, static_cast<int64_t>(l)).narrow(0, group.first_type, group.types());
+      if (!probes.empty()) {
+        s.probe = probes[i][l];
       }
       BlockProducts& of_block = products[l];
       if (group.kind == LoraGroup::Kind::kFc1) {

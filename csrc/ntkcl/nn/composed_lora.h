@@ -61,9 +61,10 @@ class ComposedLora {
   void train(const at::Tensor& current, const at::Tensor& old);
 
   // The products of every block, of weights composed in one batched product for each shape. They
-  // build the graph of down, up and omega, and of `probes` (types, L) where defined, whose gradient
-  // is the importance of each matrix (ops::composed_linear).
-  std::vector<BlockProducts> products(const at::Tensor& probes = {}) const;
+  // build the graph of down, up and omega, and of probes[group][block] where given, (g) or (g, out,
+  // in), whose gradient is the importance of each matrix or entry (ops::composed_linear).
+  using Probes = std::vector<std::vector<at::Tensor>>;
+  std::vector<BlockProducts> products(const Probes& probes = {}) const;
 
   // The matrices with the first modules alone, of weights omega[group] (L, g, modules).
   std::vector<BlockTensors> merged(const std::vector<at::Tensor>& omega) const;

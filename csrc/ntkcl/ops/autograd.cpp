@@ -76,6 +76,7 @@ struct ComposedLinearFunction : Function<ComposedLinearFunction> {
     context->saved_data["scale"] = m.scale;
     context->saved_data["bias"] = bias.has_value();
     context->saved_data["probe"] = probe.has_value();
+    context->saved_data["entries"] = probe.has_value() && probe->dim() > 1;
     context->saved_data["omega_scale"] = m.omega_scale;
     return composed_linear(x, used, bias, m, /*composed=*/true, probe);
   }
@@ -101,8 +102,8 @@ struct ComposedLinearFunction : Function<ComposedLinearFunction> {
     wanted[kOmega] = old && context->needs_input_grad(after_up + 2);
     wanted[kImportance] = context->saved_data["probe"].toBool() &&
                           context->needs_input_grad(old ? after_up + 3 : after_up);
-    const ComposedGradients found =
-        composed_linear_backward(grads[0], saved[0], saved[1], m, wanted);
+    const ComposedGradients found = composed_linear_backward(
+        grads[0], saved[0], saved[1], m, wanted, context->saved_data["entries"].toBool());
     variable_list result(12);
     constexpr std::array<size_t, kGradients> kPlaces{0, 1, 2, 3, 4, 8, 11};
     for (size_t i = 0; i < kPlaces.size(); ++i) {

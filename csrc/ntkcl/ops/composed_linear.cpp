@@ -77,7 +77,10 @@ void check_forward(const at::Tensor& x, const at::Tensor& weight, const Optional
     check_like(kOp, "bias", *bias, "x", x);
   }
   if (probe) {
-    check_shape("probe", *probe, {weight.sym_size(0)});
+    NTKCL_OP_CHECK(probe->sym_sizes() == weight.sym_sizes() ||
+                       (probe->dim() == 1 && probe->sym_size(0) == weight.sym_size(0)),
+                   kOp, "expected probe (g) or of weight's shape ", weight.sym_sizes(), ", got ",
+                   probe->sym_sizes());
     check_like(kOp, "probe", *probe, "down", m.down);
   }
 }
@@ -173,7 +176,8 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const Optional
 Outputs backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
                  const at::Tensor& down, const at::Tensor& up, at::ArrayRef<double> scale,
                  const Optional& old_down, const Optional& old_up, const Optional& omega,
-                 at::ArrayRef<double> omega_scale, std::array<bool, kGradients> wanted) {
+                 at::ArrayRef<double> omega_scale, std::array<bool, kGradients> wanted,
+                 bool entries) {
   const LowRankModules m = low_rank_modules(down, up, scale, old_down, old_up, omega, omega_scale);
   check_modules(weight, m);
   check_input(x, weight);
@@ -198,7 +202,9 @@ Outputs backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& 
   zeros(kDown, down);
   zeros(kUp, up);
   zeros(kOmega, omega.value_or(down));
-  to[kImportance] = at::zeros({wanted[kImportance] ? g : 0}, down.options());
+  to[kImportance] = !wanted[kImportance] ? at::empty({0}, down.options())
+                    : entries            ? at::empty(weight.sizes(), down.options())
+                                         : at::empty({g}, down.options());
   for (int64_t j = 0; j < g; ++j) {
     const MatrixGradients of(m, j, wanted);
     const at::Tensor own = drows.narrow(1, j * out, out);
@@ -210,8 +216,8 @@ Outputs backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& 
         to[kWeight][j].copy_(gradient);
       }
       if (wanted[kImportance]) {
-        // mean_ij |W_ij G_ij|
-        to[kImportance][j] = (weight[j] * gradient).abs_().mean(down.scalar_type());
+        const at::Tensor of_entries = (weight[j] * gradient).abs_();  // |W_ij G_ij|
+        to[kImportance][j] = entries ? of_entries : of_entries.mean(down.scalar_type());
       }
     } else if (of.any()) {
       of.from_rows(rows, own, to, j);
@@ -236,7 +242,8 @@ at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& weight, const Opt
 Outputs backward_meta(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
                       const at::Tensor& down, const at::Tensor& up, at::ArrayRef<double> scale,
                       const Optional& old_down, const Optional& old_up, const Optional& omega,
-                      at::ArrayRef<double> omega_scale, std::array<bool, kGradients> wanted) {
+                      at::ArrayRef<double> omega_scale, std::array<bool, kGradients> wanted,
+                      bool entries) {
   check_modules(weight, low_rank_modules(down, up, scale, old_down, old_up, omega, omega_scale));
   check_input(x, weight);
   const auto like = [&](ComposedGradient kind, const at::Tensor& tensor,
@@ -251,7 +258,7 @@ Outputs backward_meta(const at::Tensor& grad, const at::Tensor& x, const at::Ten
           like(kDown, down, down.sym_sizes()),
           like(kUp, up, up.sym_sizes()),
           like(kOmega, of_omega, of_omega.sym_sizes()),
-          like(kImportance, down, {weight.sym_size(0)})};
+          like(kImportance, down, entries ? weight.sym_sizes() : weight.sym_sizes().slice(0, 1))};
 }
 
 using Forward = at::Tensor(const at::Tensor&, const at::Tensor&, const Optional&, const at::Tensor&,
@@ -260,7 +267,7 @@ using Forward = at::Tensor(const at::Tensor&, const at::Tensor&, const Optional&
                            const Optional&);
 using Backward = Outputs(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                          const at::Tensor&, at::ArrayRef<double>, const Optional&, const Optional&,
-                         const Optional&, at::ArrayRef<double>, std::array<bool, kGradients>);
+                         const Optional&, at::ArrayRef<double>, std::array<bool, kGradients>, bool);
 
 }  // namespace
 
@@ -320,10 +327,12 @@ at::Tensor composed_linear(const at::Tensor& x, const at::Tensor& weight, const 
 
 ComposedGradients composed_linear_backward(const at::Tensor& grad, const at::Tensor& x,
                                            const at::Tensor& weight, const LowRankModules& m,
-                                           const std::array<bool, kGradients>& wanted) {
+                                           const std::array<bool, kGradients>& wanted,
+                                           bool entries) {
   static const auto op = find_operator<Backward>("composed_linear_backward");
-  auto [dx, dweight, dbias, ddown, dup, domega, importance] = op.call(
-      grad, x, weight, m.down, m.up, m.scale, m.old_down, m.old_up, m.omega, m.omega_scale, wanted);
+  auto [dx, dweight, dbias, ddown, dup, domega, importance] =
+      op.call(grad, x, weight, m.down, m.up, m.scale, m.old_down, m.old_up, m.omega, m.omega_scale,
+              wanted, entries);
   return {dx, dweight, dbias, ddown, dup, domega, importance};
 }
 

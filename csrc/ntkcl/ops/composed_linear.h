@@ -38,7 +38,7 @@ LowRankModules low_rank_modules(const at::Tensor& down, const at::Tensor& up,
 //   weight   (g, out, in) of x's type: W0, or with `composed` W itself, see compose_weight
 //   bias     (g*out)
 //   modules  float32 or float64, or of x's type
-//   probe    (g) of the modules' type, or none; see below
+//   probe    (g) or (g, out, in) of the modules' type, or none; see below
 //   ->       (..., g*out) of x's type
 //
 // x, weight, bias, down, up and omega are differentiable; old modules are constants. For the
@@ -49,7 +49,8 @@ LowRankModules low_rank_modules(const at::Tensor& down, const at::Tensor& up,
 //   or from G = dy^T x, where n c (in + out) exceeds n in out + c in out
 //
 // Note: what `probe` gets as its gradient is no derivative but mean |W * G|, the importance of each
-// matrix (specification section 4), reduced where G is at hand. Its values are not read.
+// matrix (specification section 4), reduced where G is at hand; or |W * G| of each entry. Its values
+// are not read.
 // Errors: ValueError (shapes, devices), TypeError (element types).
 at::Tensor composed_linear(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const LowRankModules& modules,
@@ -70,9 +71,10 @@ at::Tensor composed_weight(const at::Tensor& weight, const LowRankModules& modul
 enum ComposedGradient { kInput, kWeight, kBias, kDown, kUp, kOmega, kImportance, kGradients };
 using ComposedGradients = std::array<at::Tensor, kGradients>;
 // grad (..., g*out) -> the gradients that are wanted, in this order; the others are empty.
-// `weight` is the composed one.
+// `weight` is the composed one; importance (g), or (g, out, in) with `entries`.
 ComposedGradients composed_linear_backward(const at::Tensor& grad, const at::Tensor& x,
                                            const at::Tensor& weight, const LowRankModules& modules,
-                                           const std::array<bool, kGradients>& wanted);
+                                           const std::array<bool, kGradients>& wanted,
+                                           bool entries = false);
 
 }  // namespace ntkcl::ops

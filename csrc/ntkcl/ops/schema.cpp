@@ -37,7 +37,8 @@ TORCH_LIBRARY(ntkcl, m) {
   m.def(
       "composed_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor down, Tensor up,"
       " float[] scale, Tensor? old_down, Tensor? old_up, Tensor? omega, float[] omega_scale,"
-      " bool[7] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " bool[7] wanted, bool entries=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def("philox_keep_mask(Tensor key, SymInt[] size, float p) -> Tensor");
   m.def("section_cosine(Tensor x, Tensor prototypes, Tensor weights) -> Tensor");
   m.def(

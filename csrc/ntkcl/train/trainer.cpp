@@ -249,8 +249,11 @@ void Trainer::train_epoch(optim::Optimizer& optimizer, int64_t epoch, int64_t ep
     std::map<std::string, double> losses;
     optimizer.step([&](int pass) {
       // Checked before the optimiser moves anything.
-      const methods::StepInfo step{
-          .step = step_, .pass = pass, .passes = optimizer.passes(), .steps = steps};
+      const methods::StepInfo step{.step = step_,
+                                   .pass = pass,
+                                   .passes = optimizer.passes(),
+                                   .steps = steps,
+                                   .epoch_steps = steps / epochs};
       auto of_pass = finite(method_->gradients(batch, step, *this), epoch, learning_rate);
       if (pass == 0) {
         losses = std::move(of_pass);

@@ -59,9 +59,10 @@ void ImportanceAverage::add(const at::Tensor& importance) {
     mean_ = at::zeros_like(importance);
     uncertainty_ = at::zeros_like(importance);
   }
-  mean_ = mean_decay_ * mean_ + (1 - mean_decay_) * importance;
-  uncertainty_ =
-      uncertainty_decay_ * uncertainty_ + (1 - uncertainty_decay_) * (importance - mean_).abs();
+  const double k = static_cast<double>(++steps_);
+  const double a = plain_ ? (k - 1) / k : mean_decay_, b = plain_ ? a : uncertainty_decay_;
+  mean_.mul_(a).add_(importance, 1 - a);
+  uncertainty_.mul_(b).add_((importance - mean_).abs_(), 1 - b);
 }
 
 at::Tensor ImportanceAverage::score() const {
@@ -72,6 +73,11 @@ void ImportanceAverage::visit_state(const std::string& prefix, const StateFn& vi
   if (mean_.defined()) {
     visitor(prefix + "mean", mean_);
     visitor(prefix + "uncertainty", uncertainty_);
+    at::Tensor steps = at::full({1}, steps_, at::kLong);
+    visitor(prefix + "steps", steps);
+    NTKCL_CHECK(steps.numel() == 1, "state", prefix, "steps: expected one number, got ",
+                steps.sizes());
+    steps_ = steps.item<int64_t>();
   }
 }
 

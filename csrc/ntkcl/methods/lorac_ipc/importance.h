@@ -9,19 +9,20 @@
 // them freeze (arXiv 2504.13407; specification section 4). A matrix is one type m in one block l.
 namespace ntkcl::methods::lorac_ipc {
 
-// The smoothed importance and uncertainty of each matrix over the steps of a task:
+// The smoothed importance and uncertainty of each matrix, or of each entry, over the steps of a task:
 //
 //   I = mean_ij |W_ij G_ij|,  mean <- a mean + (1 - a) I,  doubt <- b doubt + (1 - b) |I - mean|
 //
-// with the updated mean; both start at 0. The score is their product.
+// with the updated mean; both start at 0. The score is their product. Plain means have a = b =
+// (k - 1) / k in step k.
 class ImportanceAverage {
  public:
-  ImportanceAverage(double mean_decay, double uncertainty_decay)
-      : mean_decay_(mean_decay), uncertainty_decay_(uncertainty_decay) {}
+  ImportanceAverage(double mean_decay, double uncertainty_decay, bool plain = false)
+      : mean_decay_(mean_decay), uncertainty_decay_(uncertainty_decay), plain_(plain) {}
 
-  // importance (types, blocks) of one step.
+  // The importances of one step, of any shape.
   void add(const at::Tensor& importance);
-  // (types, blocks); undefined before the first step.
+  // Of that shape; undefined before the first step.
   at::Tensor score() const;
   using StateFn = std::function<void(const std::string& name, at::Tensor& tensor)>;
   void visit_state(const std::string& prefix, const StateFn& visitor);
@@ -30,7 +31,9 @@ class ImportanceAverage {
 
  private:
   double mean_decay_, uncertainty_decay_;
+  bool plain_;
   at::Tensor mean_, uncertainty_;
+  int64_t steps_ = 0;
 };
 
 struct Selection {

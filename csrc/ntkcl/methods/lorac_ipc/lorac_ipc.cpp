@@ -93,7 +93,10 @@ std::vector<optim::ParameterGroup> LoracIpc::before_task(TaskServices& services)
   }
   begin_module(task, services.random());
   if (options_.ipc_threshold > 0) {
-    training_.importance.emplace(options_.importance_decay, options_.uncertainty_decay);
+    training_.importance.assign(
+        by_entry() ? lora_.groups().size() : 1,
+        ImportanceAverage(options_.importance_decay, options_.uncertainty_decay,
+                          options_.importance_average == "epoch"));
   }
   return parameters();
 }
@@ -166,15 +169,19 @@ at::Tensor LoracIpc::current_mask() const {
 }
 
 bool LoracIpc::measures(const StepInfo& step) const {
-  if (!training_.importance || step.pass > 0) {
+  if (training_.importance.empty() || step.pass > 0) {
     return false;
   }
-  const bool all = options_.importance_window == 0 && head_.weight.scalar_type() == at::kDouble;
-  return all || step.steps == 0 || step.step >= step.steps - importance_window();
+  const bool all = options_.importance_average == "ema" && options_.importance_window == 0 &&
+                   head_.weight.scalar_type() == at::kDouble;
+  return all || step.steps == 0 || step.step >= step.steps - importance_window(step);
 }
 
 // The share of a step in a running mean, after k more, is at most decay^k.
-int64_t LoracIpc::importance_window() const {
+int64_t LoracIpc::importance_window(const StepInfo& step) const {
+  if (options_.importance_average == "epoch") {
+    return step.epoch_steps > 0 ? step.epoch_steps : step.steps;
+  }
   if (options_.importance_window > 0) {
     return options_.importance_window;
   }
@@ -182,14 +189,65 @@ int64_t LoracIpc::importance_window() const {
   return decay > 0 ? static_cast<int64_t>(std::ceil(std::log(kForgotten) / std::log(decay))) : 1;
 }
 
+LoracIpc::Probes LoracIpc::make_probes() const {
+  Probes probes;
+  const auto leaf = [&](at::IntArrayRef sizes) {
+    probes.leaves.push_back(at::zeros(sizes, head_.weight.options()).requires_grad_(true));
+    return probes.leaves.back();
+  };
+  if (by_entry()) {
+    for (const nn::LoraGroup& group : lora_.groups()) {
+      probes.parts.emplace_back();
+      for (int64_t l = 0; l < lora_.blocks(); ++l) {
+        probes.parts.back().push_back(leaf(group.pretrained.sizes().slice(1)));
+      }
+    }
+  } else {
+    const at::Tensor table = leaf(mask_.sizes());
+    for (const nn::LoraGroup& group : lora_.groups()) {
+      probes.parts.push_back(table.narrow(0, group.first_type, group.types()).unbind(1));
+    }
+  }
+  return probes;
+}
+
+void LoracIpc::add_importance(const Probes& probes) {
+  // Without a gradient where every matrix is frozen.
+  const auto of = [](const at::Tensor& leaf) {
+    return leaf.grad().defined() ? leaf.grad() : leaf.detach();
+  };
+  if (!by_entry()) {
+    training_.importance[0].add(of(probes.leaves[0]).to(at::kDouble));
+    return;
+  }
+  for (size_t i = 0; i < training_.importance.size(); ++i) {
+    std::vector<at::Tensor> blocks;
+    for (const at::Tensor& leaf : probes.parts[i]) {
+      blocks.push_back(of(leaf));
+    }
+    training_.importance[i].add(at::stack(blocks));
+  }
+}
+
+at::Tensor LoracIpc::score() const {
+  if (training_.importance.empty() || !by_entry()) {
+    return training_.importance.empty() ? at::Tensor() : training_.importance[0].score();
+  }
+  std::vector<at::Tensor> of_types;
+  for (const ImportanceAverage& average : training_.importance) {
+    if (const at::Tensor entries = average.score(); entries.defined()) {
+      of_types.push_back(entries.mean({2, 3}, false, at::kDouble).t());
+    }
+  }
+  return of_types.empty() ? at::Tensor() : at::cat(of_types).cpu();
+}
+
 Losses LoracIpc::gradients(const Batch& batch, const StepInfo& step, TaskServices&) {
   const at::AutoGradMode record(true);  // also where the caller switched gradients off
   const bool measure = measures(step);
-  at::Tensor probes;
-  if (measure) {
-    probes = at::zeros(mask_.sizes(), head_.weight.options()).requires_grad_(true);
-  }
-  const at::Tensor tokens = nn::pass_with_products(vit_, batch.images, lora_.products(probes));
+  const Probes probes = measure ? make_probes() : Probes();
+  const at::Tensor tokens =
+      nn::pass_with_products(vit_, batch.images, lora_.products(probes.parts));
   const at::Tensor feature =
       trains_norm() ? at::layer_norm(tokens.select(1, 0), {vit_.width()}, head_.norm_weight,
                                      head_.norm_bias, nn::kLayerNormEps)
@@ -200,10 +258,7 @@ Losses LoracIpc::gradients(const Batch& batch, const StepInfo& step, TaskService
                              batch.labels - training_.task.n_old);
   ce.backward();
   if (measure) {
-    // Without a gradient where every matrix is frozen.
-    const at::Tensor& importance = probes.grad();
-    training_.importance->add(
-        (importance.defined() ? importance : probes.detach()).to(at::kDouble));
+    add_importance(probes);
   }
   const at::Tensor penalty = penalise();
   const at::Tensor norm = optim::clip_grad_norm_(training_.parameters, options_.clip_norm);
@@ -262,13 +317,13 @@ void LoracIpc::freeze() {
     bank_[i].select(2, t).narrow(2, 0, t + 1).copy_(lora_.groups()[i].omega);
   }
   // Without a score where no step was measured: all images of the last ones were corrupt.
-  if (training_.importance && training_.importance->score().defined()) {
-    mask_ = freeze_important(mask_, training_.importance->score(),
+  if (const at::Tensor scores = score(); scores.defined()) {
+    mask_ = freeze_important(mask_, scores,
                              {.threshold = options_.ipc_threshold,
                               .of_new = options_.new_mask,
                               .rule = options_.selection});
   }
-  training_.importance.reset();
+  training_.importance.clear();
   if (trains_norm()) {
     first_ = {};
   }
@@ -590,8 +645,9 @@ void LoracIpc::visit_state(const StateVisitor& visitor) {
   full_.visit_state("alignment.full.", visit);
   visit("features_before", before_);
   gaussians_.visit_state("inference.", vit_.options(), visit);
-  if (training_.importance) {
-    training_.importance->visit_state("importance.", visit);
+  for (size_t i = 0; i < training_.importance.size(); ++i) {
+    const std::string group = by_entry() ? std::string(lora_.groups()[i].name) + "." : "";
+    training_.importance[i].visit_state("importance." + group, visit);
   }
   if (changed) {
     check_state();

@@ -34,11 +34,12 @@ class LoracIpc : public Method {
   // What holds while a task is trained.
   struct Training {
     TaskInfo task;
-    std::vector<Orthogonality> penalties;         // of each group
-    std::vector<at::Tensor> unfrozen;             // of each group, (L, g): 0 where frozen, else 1
-    std::optional<ImportanceAverage> importance;  // none without IPC
-    at::Tensor head_weight, head_bias;            // of the task's classes, parts of head_
-    std::vector<at::Tensor> parameters;           // all that is trained
+    std::vector<Orthogonality> penalties;       // of each group
+    std::vector<at::Tensor> unfrozen;           // of each group, (L, g): 0 where frozen, else 1
+    std::vector<ImportanceAverage> importance;  // (types, L), or of each group's entries (L, g,
+                                                // out, in); none without IPC
+    at::Tensor head_weight, head_bias;          // of the task's classes, parts of head_
+    std::vector<at::Tensor> parameters;         // all that is trained
   };
   struct Snapshot {
     int64_t task = -1;
@@ -57,7 +58,16 @@ class LoracIpc : public Method {
   std::vector<optim::ParameterGroup> parameters();
   at::Tensor current_mask() const;  // mu of section 2, (types, L)
   bool measures(const StepInfo& step) const;
-  int64_t importance_window() const;  // last steps of a task
+  int64_t importance_window(const StepInfo& step) const;  // last steps of a task
+  bool by_entry() const { return options_.importance_of == "entry"; }
+  // Leaves whose gradients are the importances, in the parts that products() takes.
+  struct Probes {
+    std::vector<at::Tensor> leaves;
+    nn::ComposedLora::Probes parts;
+  };
+  Probes make_probes() const;
+  void add_importance(const Probes& probes);
+  at::Tensor score() const;  // (types, L); undefined where no step was measured
   // Sum of the penalties of what is not frozen; adds lambda times its gradient to A's.
   at::Tensor penalise() const;
 

@@ -19,6 +19,8 @@ struct Options {
   double importance_decay = 0.85;
   double uncertainty_decay = 0.85;
   int64_t importance_window = 0;
+  std::string importance_of = "matrix";
+  std::string importance_average = "ema";
   std::string inference = "per_image";
   int64_t inference_clusters = 4;
   bool predict_within_task = false;
@@ -61,6 +63,12 @@ struct Options {
     v("importance_window", importance_window, at_least(0),
       "last steps of a task that importances are taken from; 0: all in float64, else so many that "
       "earlier ones would weigh less than 1e-9 (128 with the default decays)");
+    v("importance_of", importance_of, one_of({"matrix", "entry"}),
+      "what is averaged over the steps: a number for each matrix, or for each of its entries, "
+      "which "
+      "takes twice the matrices' memory");
+    v("importance_average", importance_average, one_of({"ema", "epoch"}),
+      "running means that forget, or plain means over a task's last epoch");
     v("inference", inference, one_of({"per_image", "none", "vote_by_test_task"}),
       "the snapshot that classifies an image: that of the task inferred from the image; the last; "
       "or by a vote of all test images of the same true task, which uses the labels of the test "
