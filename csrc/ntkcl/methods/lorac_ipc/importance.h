@@ -9,7 +9,7 @@
 // them freeze (arXiv 2504.13407; specification section 4). A matrix is one type m in one block l.
 namespace ntkcl::methods::lorac_ipc {
 
-// The smoothed importance and uncertainty of each matrix, or of each entry, over the steps of a task:
+// The smoothed importance and uncertainty of each matrix, or of each entry, over a task's steps:
 //
 //   I = mean_ij |W_ij G_ij|,  mean <- a mean + (1 - a) I,  doubt <- b doubt + (1 - b) |I - mean|
 //
