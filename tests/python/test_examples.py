@@ -89,6 +89,6 @@ def test_compare_methods(tmp_path: Path) -> None:
     printed = start(tmp_path, "compare_methods.py", "--seeds", 0, 1, "--set", *settings)
     head, *rows = printed.strip().splitlines()
     assert head.split() == ["method", "final", "accuracy", "average", "accuracy", "forgetting"]
-    assert [row.split()[0] for row in rows] == ["lorac-ipc", "ntk-cl", "simple-cil"]
+    assert [row.split()[0] for row in rows] == ["lorac-ipc", "ntk-cl", "raa", "simple-cil"]
     assert all(len(re.findall(rf"{NUMBER} ± {NUMBER}", row)) == 3 for row in rows)
-    assert len(list((tmp_path / "runs").iterdir())) == 6
+    assert len(list((tmp_path / "runs").iterdir())) == 8
