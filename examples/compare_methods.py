@@ -20,7 +20,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--methods", nargs="+", default=["lorac-ipc", "ntk-cl", "raa", "simple-cil"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["lorac-ipc", "ntk-cl", "raa", "simple-cil"]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="any key of ntkcl.train"
