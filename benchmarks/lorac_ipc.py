@@ -22,16 +22,15 @@ times their number in all evaluations.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from lorac_pytorch import TYPES, PlainLorac, precision_matrices, predict_one
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from step_problem import CLASSES, IMAGE, MODELS, Problem, Tensors
-from workers import Process, append_result, memory, serve, timed
+from workers import Process, append_result, by_turns, memory, serve, timed, verify
 
 VARIANTS = ("plain", "ours", "window")
 GROUPS = {"attention": TYPES[:4], "fc1": ("f1",), "fc2": ("f2",)}
@@ -189,28 +188,6 @@ def worker(a: argparse.Namespace) -> None:
     )
 
 
-def verify(processes: list[Process], precision: str) -> dict[str, float]:
-    """The largest relative error of a loss or a gradient, against the first."""
-    found: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for process in processes:
-            path = f"{folder}/{process.name}"
-            losses, gradients = process.ask("verify", to=path)["losses"], load_file(path)
-            if not found:
-                expected_losses, expected = losses, gradients
-            errors = [
-                abs(losses[name] - value) / max(abs(value), 1.0)
-                for name, value in expected_losses.items()
-            ] + [
-                float((gradients[name] - g).norm() / g.norm().clamp_min(1e-6))
-                for name, g in expected.items()
-            ]
-            found[process.name] = max(errors)
-            allowed = GRADIENT_TOLERANCE["float32" if process.name == "plain" else precision]
-            assert found[process.name] < allowed, f"{process.name} differs: {errors}"
-    return found
-
-
 def measure_steps(a: argparse.Namespace, task: int) -> dict[str, Any]:
     options = {key: getattr(a, key) for key in ("model", "batch", "device", "precision", "threads")}
     options |= {"task": task - 1, "rank": a.rank}
@@ -218,10 +195,13 @@ def measure_steps(a: argparse.Namespace, task: int) -> dict[str, Any]:
     for process in processes:
         process.__enter__()
     try:
-        errors = verify(processes, a.precision)
-        for _ in range(a.rounds):
-            for process in processes:
-                process.seconds.append(process.ask("time")["seconds"])
+        differences = verify(
+            processes,
+            lambda name: GRADIENT_TOLERANCE["float32" if name == "plain" else a.precision],
+            smallest=lambda _: 1e-6,
+        )
+        errors = {name: max(difference.values()) for name, difference in differences.items()}
+        by_turns(processes, a.rounds)
         memories = {process.name: process.ask("memory")["bytes"] for process in processes}
     finally:
         for process in processes:

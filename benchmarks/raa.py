@@ -17,15 +17,14 @@ rounds: the machine may be shared.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from raa_pytorch import KINDS, PlainRaa
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from step_problem import CLASSES, IMAGE, MODELS, Problem, Tensors
-from workers import Process, append_result, memory, serve, timed
+from workers import Process, append_result, by_turns, memory, serve, timed, verify
 
 VARIANTS = ("plain", "ours")
 BRANCHES, RANK, DROPOUT, RHO, RATE = 2, 64, 0.1, 0.05, 0.01
@@ -111,7 +110,8 @@ class OurStep:
                 for i, of_branch in enumerate(tensor):
                     for block, value in enumerate(of_branch):
                         named[f"{number}.branch{self.first + i}.{block}.{kind}"] = value
-            named |= {f"{number}.head.{t}": value for t, value in enumerate(heads)}
+            by_task = torch.cat(heads).split(CLASSES)  # those of old tasks are one tensor
+            named |= {f"{number}.head.{t}": value for t, value in enumerate(by_task)}
         return losses, {name: v.float().cpu().contiguous() for name, v in named.items()}
 
 
@@ -172,30 +172,6 @@ def worker(a: argparse.Namespace) -> None:
     )
 
 
-def verify(processes: list[Process], precision: str) -> dict[str, float]:
-    """The largest relative error of a loss or a gradient, against the first."""
-    found: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for process in processes:
-            path = f"{folder}/{process.name}"
-            losses, gradients = process.ask("verify", to=path)["losses"], load_file(path)
-            if not found:
-                expected_losses, expected = losses, gradients
-            assert set(gradients) == set(expected)
-            norm = torch.stack([g.norm() for g in expected.values()]).norm()
-            errors = [
-                abs(losses[name] - value) / max(abs(value), 1.0)
-                for name, value in expected_losses.items()
-            ] + [
-                float((gradients[name] - g).norm() / g.norm().clamp_min(1e-3 * norm))
-                for name, g in expected.items()
-            ]
-            found[process.name] = max(errors)
-            allowed = TOLERANCE["float32" if process.name == "plain" else precision]
-            assert found[process.name] < allowed, f"{process.name} differs: {max(errors)}"
-    return found
-
-
 def measure(a: argparse.Namespace, task: int) -> dict[str, Any]:
     keys = ("model", "batch", "device", "precision", "threads", "mode")
     options = {key: getattr(a, key) for key in keys} | {"task": task - 1}
@@ -203,12 +179,15 @@ def measure(a: argparse.Namespace, task: int) -> dict[str, Any]:
     for process in processes:
         process.__enter__()
     try:
-        errors = verify(processes, a.precision)
+        differences = verify(
+            processes,
+            lambda name: TOLERANCE["float32" if name == "plain" else a.precision],
+            smallest=lambda gs: 1e-3 * float(torch.stack([g.norm() for g in gs.values()]).norm()),
+        )
+        errors = {name: max(difference.values()) for name, difference in differences.items()}
         for process in processes:
             process.ask("prepare")
-        for _ in range(a.rounds):
-            for process in processes:
-                process.seconds.append(process.ask("time")["seconds"])
+        by_turns(processes, a.rounds)
         memories = {process.name: process.ask("memory")["bytes"] for process in processes}
     finally:
         for process in processes:

@@ -20,12 +20,11 @@ A time is the minimum over the rounds: the machine may be shared.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from step_problem import (
     CLASSES,
     MODELS,
@@ -35,7 +34,7 @@ from step_problem import (
     products_published,
 )
 from step_pytorch import CarefulStep, PlainStep
-from workers import Process, append_result, memory, serve, timed
+from workers import Process, append_result, by_turns, memory, serve, timed, verify
 
 VARIANTS = ("plain", "careful", "compiled", "ours")
 # Against plain PyTorch in float32: relative error of a gradient, by its norm.
@@ -205,35 +204,6 @@ def process_of(name: str, arguments: argparse.Namespace) -> Process:
     )
 
 
-def verify(processes: list[Process], precision: str) -> dict[str, dict[str, float]]:
-    """Losses and gradients of all variants against the first's. Returns the largest differences."""
-    found: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for process in processes:
-            path = f"{folder}/{process.name}"
-            losses, gradients = process.ask("verify", to=path)["losses"], load_file(path)
-            if not found:
-                expected_losses, expected = losses, gradients
-            error = {
-                "losses": max(
-                    abs(losses[name] - value) / max(abs(value), 1.0)
-                    for name, value in expected_losses.items()
-                ),
-                "gradients": max(
-                    float((gradients[name] - g).norm() / g.norm().clamp_min(1e-4))
-                    for name, g in expected.items()
-                    # Exactly 0; plain PyTorch leaves the rounding of sums that cancel.
-                    if not name.endswith("mix.bias")
-                ),
-            }
-            allowed = GRADIENT_TOLERANCE["float32" if process.name == "plain" else precision]
-            found[process.name] = error
-            assert all(e < allowed for e in error.values()), (
-                f"{process.name} differs from plain: {error}"
-            )
-    return found
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     problem = Problem(arguments.model, arguments.batch, arguments.task)
     processes = [process_of(name, arguments) for name in arguments.variants]
@@ -241,11 +211,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for process in (floor, *processes):
         process.__enter__()
     try:
-        errors = verify(processes, arguments.precision)
-        for _ in range(arguments.rounds):
-            for process in (*processes, floor):
-                answer = process.ask("floor" if process is floor else "time")
-                process.seconds.append(answer["seconds"])
+        errors = verify(
+            processes,
+            lambda name: GRADIENT_TOLERANCE["float32" if name == "plain" else arguments.precision],
+            smallest=lambda _: 1e-4,
+            # Exactly 0; plain PyTorch leaves the rounding of sums that cancel.
+            skipped=lambda name: name.endswith("mix.bias"),
+        )
+        by_turns([*processes, floor], arguments.rounds)
         memories = {process.name: process.ask("memory")["bytes"] for process in processes}
     finally:
         for process in (floor, *processes):

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 Answers = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]
 
@@ -62,6 +64,56 @@ class Process:
     @property
     def best(self) -> float:
         return min(self.seconds)
+
+
+Difference = dict[str, float]
+
+
+def verify(
+    processes: list[Process],
+    tolerance: Callable[[str], float],
+    smallest: Callable[[dict[str, torch.Tensor]], float],
+    skipped: Callable[[str], bool] = lambda _: False,
+) -> dict[str, Difference]:
+    """Asks each for the "losses" and "gradients" of one step and compares them with the first's.
+
+    Returns the largest relative differences, which must be below tolerance(name of the process).
+    A gradient's is that of its norm, or of `smallest` of all gradients where that is larger;
+    gradients whose names are `skipped` do not count.
+    """
+    found: dict[str, Difference] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for process in processes:
+            path = f"{folder}/{process.name}"
+            losses, gradients = process.ask("verify", to=path)["losses"], load_file(path)
+            if not found:
+                expected_losses, expected = losses, gradients
+                least = smallest(expected)
+            assert set(gradients) == set(expected), f"{process.name} has other gradients"
+            error = {
+                "losses": max(
+                    abs(losses[name] - value) / max(abs(value), 1.0)
+                    for name, value in expected_losses.items()
+                ),
+                "gradients": max(
+                    float((gradients[name] - g).norm() / g.norm().clamp_min(least))
+                    for name, g in expected.items()
+                    if not skipped(name)
+                ),
+            }
+            found[process.name] = error
+            assert all(e < tolerance(process.name) for e in error.values()), (
+                f"{process.name} differs: {error}"
+            )
+    return found
+
+
+def by_turns(processes: list[Process], rounds: int) -> None:
+    """Each once in every round; a process that is called "floor" answers to that."""
+    for _ in range(rounds):
+        for process in processes:
+            answer = process.ask("floor" if process.name == "floor" else "time")
+            process.seconds.append(answer["seconds"])
 
 
 def serve(answers: Answers) -> None:

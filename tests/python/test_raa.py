@@ -15,6 +15,7 @@ from ntkcl.backbones import DEFAULT_BACKBONE, backbone_info, load_backbone
 from ntkcl.config import resolve
 from ntkcl.datasets import load_dataset
 from ntkcl.ops import philox_keep_mask
+from test_golden_raa import branch_state
 from test_training import (
     CLASSES,
     SIZE,
@@ -288,18 +289,7 @@ def test_a_later_step_equals_plain_pytorch_with_dropout(mode: str) -> None:
     options = {"amalgamation": mode, "adapter_dropout": P, "alignment": False}
     method = session(options, {"rho": 0.0}, draws=draws)
     a_task(method, 0)
-    method.load_state(
-        {
-            f"branch{i}.{block}.{name}": tensor[i, block]
-            for tensor, name in zip(
-                random_branches(2),
-                ("down.weight", "down.bias", "up.weight", "up.bias"),
-                strict=True,
-            )
-            for i in range(2)
-            for block in range(6)
-        }
-    )
+    method.load_state(branch_state(random_branches(2)))
     batch, labels = begin(method, 1)
     head = method.state()["head"][2:]
     passes = method.step(batch, labels, 0.0)["passes"]
@@ -615,18 +605,7 @@ def test_other_precisions_have_the_same_gradients(precision: str) -> None:
     found = []
     for kind in ("float64", precision):
         method = session({"adapter_dropout": 0.0}, {"precision": kind})
-        method.load_state(
-            {
-                f"branch{i}.{block}.{name}": tensor[i, block]
-                for tensor, name in zip(
-                    random_branches(2),
-                    ("down.weight", "down.bias", "up.weight", "up.bias"),
-                    strict=True,
-                )
-                for i in range(2)
-                for block in range(6)
-            }
-        )
+        method.load_state(branch_state(random_branches(2)))
         batch, labels = begin(method, 0)
         found.append(method.step(batch, labels, 0.0)["passes"])
     tolerance = 1e-3 if precision == "float32" else 0.06

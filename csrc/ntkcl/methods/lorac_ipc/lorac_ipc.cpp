@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/methods/gathering.h"
 #include "ntkcl/nn/cosine_head.h"
 #include "ntkcl/optim/gradient_clipping.h"
 #include "ntkcl/stats/drift.h"
@@ -87,9 +88,7 @@ std::vector<optim::ParameterGroup> LoracIpc::before_task(TaskServices& services)
     services.for_each_image("features before training", [&](const Batch& batch) {
       rows.push_back(features(last_task(), batch.images));
     });
-    NTKCL_CHECK(!rows.empty(), "data", "task ", task.index,
-                ": expected at least one readable training image, got none");
-    before_ = at::cat(rows);
+    before_ = gathered(rows, task);
   }
   begin_module(task, services.random());
   if (options_.ipc_threshold > 0) {
@@ -343,15 +342,7 @@ void LoracIpc::gather_statistics(TaskServices& services) {
     }
     labels.push_back(batch.labels);
   });
-  NTKCL_CHECK(!labels.empty(), "data", "task ", task.index,
-              ": expected at least one readable training image, got none");
-  std::vector<at::Tensor> rows_of;  // of each new class
-  const at::Tensor all_labels = at::cat(labels);
-  for (int64_t c = task.n_old; c < task.n_seen(); ++c) {
-    rows_of.push_back(all_labels.eq(c).nonzero().squeeze(1));
-    NTKCL_CHECK(rows_of.back().size(0) > 0, "data", "class ", class_ids_[c].item<int64_t>(),
-                ": expected at least one readable training image, got none");
-  }
+  const std::vector<at::Tensor> rows_of = rows_of_classes(gathered(labels, task), task);
   if (infers()) {
     add_gaussians(nn::unit_rows(at::cat(first)), rows_of, services);
   }

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/methods/gathering.h"
 #include "ntkcl/methods/ntk_cl/losses.h"
 #include "ntkcl/nn/cosine_head.h"
 #include "ntkcl/ops/section_cosine.h"
@@ -198,9 +199,7 @@ at::Tensor NtkCl::all_features(const std::string& activity, TaskServices& servic
   std::vector<at::Tensor> parts;
   services.for_each_image(
       activity, [&](const Batch& batch) { parts.push_back(scored(features(batch.images))); });
-  NTKCL_CHECK(!parts.empty(), "data", "task ", services.task().index,
-              ": expected at least one readable training image, got none");
-  return at::cat(parts);
+  return gathered(parts, services.task());
 }
 
 // ---- Training ----

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/methods/gathering.h"
 #include "ntkcl/nn/cosine_head.h"
 #include "ntkcl/stats/drift.h"
 
@@ -284,9 +285,7 @@ at::Tensor Raa::drift_features(const std::string& when, TaskServices& services) 
   } else {
     services.for_each_augmented(activity, {"drift." + when, training_.task.index}, add);
   }
-  NTKCL_CHECK(!parts.empty(), "data", "task ", training_.task.index,
-              ": expected at least one readable training image, got none");
-  return at::cat(parts);
+  return gathered(parts, training_.task);
 }
 
 void Raa::gather_statistics(TaskServices& services) {
@@ -296,9 +295,8 @@ void Raa::gather_statistics(TaskServices& services) {
     parts.push_back(features(batch.images));
     labels_of.push_back(batch.labels);
   });
-  NTKCL_CHECK(!parts.empty(), "data", "task ", task.index,
-              ": expected at least one readable training image, got none");
-  const at::Tensor rows = at::cat(parts), labels = at::cat(labels_of);
+  const at::Tensor rows = gathered(parts, task);
+  const std::vector<at::Tensor> rows_of = rows_of_classes(at::cat(labels_of), task);
   gaussians_.keep(task.n_old);
   if (before_.size(0) > 0) {
     // Paired, the features of the statistics are those after training.
@@ -306,10 +304,7 @@ void Raa::gather_statistics(TaskServices& services) {
     gaussians_.move(stats::gaussian_drift(before_, after, gaussians_.means(), options_.sigma));
     before_ = at::zeros({0, vit_.width()}, vit_.options());
   }
-  for (int64_t c = task.n_old; c < task.n_seen(); ++c) {
-    const at::Tensor of_class = labels.eq(c).nonzero().squeeze(1);
-    NTKCL_CHECK(of_class.size(0) > 0, "data", "class ", task.class_ids[static_cast<size_t>(c)],
-                ": expected at least one readable training image, got none");
+  for (const at::Tensor& of_class : rows_of) {
     gaussians_.add_class(rows.index_select(0, of_class), options_.alignment.covariance_eps);
   }
 }
