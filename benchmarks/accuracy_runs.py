@@ -172,8 +172,13 @@ RUNS: Mapping[str, Run] = {
         *("lorac-ipc", "corrected", "LoRAC+IPC aligned on one full Gaussian a class"),
         {"lorac_ipc.alignment_covariance": "full"},
     ),
-    # At the batch of the other methods the published learning rate of RAA is too large: its loss is
-    # three times that of one adapter.
+    # Settings of RAA and of its baseline, for held-out images.
+    "raa-lr-0.003": _raa("RAA, learning rate 0.003", learning_rate=0.003),
+    "raa-lr-0.03": _raa("RAA, learning rate 0.03", learning_rate=0.03),
+    "raa-nothing-lr-0.003": _raa(
+        "SSIAT, learning rate 0.003",
+        **{"optimizer": "sgd", "learning_rate": 0.003, **_ONE_ADAPTER},
+    ),
     "raa-batch-16": _raa("RAA, batch 16", batch_size=16),
     "raa-nothing-batch-16": _raa("SSIAT, batch 16", optimizer="sgd", batch_size=16, **_ONE_ADAPTER),
     "raa-nothing-batch-16-lr-0.03": _raa(
