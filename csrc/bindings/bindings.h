@@ -30,12 +30,7 @@ py::list option_infos(const std::vector<OptionInfo>& infos);
 OptionMap option_map(const py::dict& values, const std::string& where);
 py::dict option_dict(const OptionMap& values);
 
-using TensorDict = std::map<std::string, at::Tensor>;
-// Every tensor of a method by name, as copies.
-TensorDict method_state(methods::Method& method);
-// Copies the tensors of `state` into the method; unknown names are an error, and where the state is
-// `whole`, missing ones.
-void load_method_state(methods::Method& method, const TensorDict& state, bool whole);
+methods::VisitFn visit_of(methods::Method& method);
 // Draws that fn(purpose, task, step, list, layer) gives; None: drawn from the seed.
 std::unique_ptr<methods::RandomSource> recorded_random(uint64_t seed, py::function fn);
 

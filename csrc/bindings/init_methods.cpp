@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <numeric>
-#include <set>
 
 #include "bindings.h"
 #include "ntkcl/core/error.h"
@@ -71,7 +70,8 @@ class MethodSession : private methods::TaskServices {
     steps_ = steps;
     images_ = to_device(images, labels);
     step_ = 0;
-    auto groups = method_->before_task(*this);
+    method_->before_task(*this);
+    auto groups = method_->trained(info_);
     optimizer_ = groups.empty() ? nullptr : optim::make_optimizer(options_.optimizer, groups);
   }
 
@@ -119,14 +119,14 @@ class MethodSession : private methods::TaskServices {
   }
 
   // By name: NTK-CL's of the two sub-networks and their fusion, RAA's of the merged branch.
-  TensorDict features(const at::Tensor& images) const {
+  methods::State features(const at::Tensor& images) const {
     if (const auto* raa = dynamic_cast<const methods::raa::Raa*>(method_.get())) {
       return {{"features", raa->features(images.to(vit_.options()))}};
     }
     const auto* ntk_cl = dynamic_cast<const methods::ntk_cl::NtkCl*>(method_.get());
     NTKCL_CHECK(ntk_cl, "features", "expected the method ntk-cl or raa");
     const methods::ntk_cl::Features f = ntk_cl->features(images.to(vit_.options()));
-    TensorDict named{{"channel", f.channel}, {"patch", f.patch}, {"fused", f.fused}};
+    methods::State named{{"channel", f.channel}, {"patch", f.patch}, {"fused", f.fused}};
     std::erase_if(named, [](const auto& entry) { return !entry.second.defined(); });
     return named;
   }
@@ -135,13 +135,12 @@ class MethodSession : private methods::TaskServices {
     return method_->scores(images.to(vit_.options())).classes;
   }
   methods::Method& method() { return *method_; }
-  TensorDict optimizer_state() {
-    TensorDict state;
-    if (optimizer_) {
-      optimizer_->visit_state(
-          [&](const std::string& name, at::Tensor& value) { state[name] = value.clone(); });
+  methods::State optimizer_state() {
+    if (!optimizer_) {
+      return {};
     }
-    return state;
+    return methods::copy_state(
+        [&](const methods::StateVisitor& visitor) { optimizer_->visit_state(visitor); });
   }
 
  private:
@@ -196,36 +195,8 @@ std::unique_ptr<methods::RandomSource> recorded_random(uint64_t seed, py::functi
   return std::make_unique<RecordedRandom>(seed, std::move(fn));
 }
 
-TensorDict method_state(methods::Method& method) {
-  TensorDict state;
-  method.visit_state(
-      [&](const std::string& name, at::Tensor& tensor) { state[name] = tensor.detach().clone(); });
-  return state;
-}
-
-void load_method_state(methods::Method& method, const TensorDict& state, bool whole) {
-  std::set<std::string> known;
-  method.visit_state([&](const std::string& name, at::Tensor&) { known.insert(name); });
-  for (const auto& [name, tensor] : state) {
-    NTKCL_CHECK(known.count(name), "state", "unknown tensor '", name, "'");
-  }
-  for (const std::string& name : known) {
-    NTKCL_CHECK(!whole || state.count(name), "state", "expected a tensor '", name,
-                "', but it is missing");
-  }
-  method.visit_state([&](const std::string& name, at::Tensor& tensor) {
-    const auto found = state.find(name);
-    if (found == state.end()) {
-      return;
-    }
-    const at::Tensor& value = found->second;
-    if (tensor.sizes() == value.sizes()) {
-      const at::NoGradGuard no_grad;
-      tensor.copy_(value);
-    } else {
-      tensor = value.to(tensor.options(), /*non_blocking=*/false, /*copy=*/true);
-    }
-  });
+methods::VisitFn visit_of(methods::Method& method) {
+  return [&method](const methods::StateVisitor& visitor) { method.visit_state(visitor); };
 }
 
 void init_methods(py::module_& m) {
@@ -247,12 +218,12 @@ void init_methods(py::module_& m) {
       .def("features", &MethodSession::features, py::arg("images"),
            py::call_guard<py::gil_scoped_release>())
       .def("scores", &MethodSession::scores, py::arg("images"))
-      .def("state", [](MethodSession& s) { return method_state(s.method()); })
+      .def("state", [](MethodSession& s) { return methods::copy_state(visit_of(s.method())); })
       .def("optimizer_state", &MethodSession::optimizer_state)
       .def(
           "load_state",
-          [](MethodSession& s, const TensorDict& state) {
-            load_method_state(s.method(), state, /*whole=*/false);
+          [](MethodSession& s, const methods::State& state) {
+            methods::load_state(visit_of(s.method()), state, {.whole = false});
           },
           py::arg("state"));
 }

@@ -61,7 +61,7 @@ py::dict result_dict(const train::RunResult& result, train::Trainer& trainer) {
           : 0.0;
   dict["trainable_parameters"] = result.trainable_parameters;
   dict["skipped_images"] = result.skipped_images;
-  dict["state"] = method_state(trainer.method());
+  dict["state"] = methods::copy_state(visit_of(trainer.method()));
   return dict;
 }
 
@@ -83,29 +83,69 @@ std::unique_ptr<train::Trainer> make_trainer(
   auto random = draws ? recorded_random(static_cast<uint64_t>(options.seed), *draws) : nullptr;
   const OptionMap values = option_map(method_options, methods::find_method(method).section);
   const py::gil_scoped_release release;
-  return std::make_unique<train::Trainer>(method, values, options, backbone, std::move(data),
+  return std::make_unique<train::Trainer>(method, values, options, backbone, data,
                                           std::move(random));
 }
 
-py::dict run(train::Trainer& trainer, const std::optional<py::function>& on_event,
-             const std::optional<py::function>& should_stop) {
-  const train::EventFn listen = [&](const train::Event& event) {
-    if (on_event) {
-      const py::gil_scoped_acquire gil;
-      (*on_event)(event_dict(event));
+// {"progress": {key: value}, "tensors": {name: tensor}}.
+py::dict checkpoint_dict(train::Checkpoint checkpoint) {
+  py::dict progress, dict;
+  auto write = [&](const char* key, const auto& value) { progress[key] = py::cast(value); };
+  checkpoint.progress.visit(write);
+  dict["progress"] = progress;
+  dict["tensors"] = std::move(checkpoint.tensors);
+  return dict;
+}
+
+train::Checkpoint checkpoint_of(const py::dict& dict) {
+  train::Checkpoint checkpoint;
+  const auto progress = dict["progress"].cast<py::dict>();
+  auto read = [&](const char* key, auto& value) {
+    NTKCL_CHECK(progress.contains(key), "resume", "expected the key '", key, "', got none");
+    try {
+      value = progress[key].cast<std::decay_t<decltype(value)>>();
+    } catch (const py::cast_error&) {
+      NTKCL_FAIL(ValueError, "resume", "'", key, "': expected another kind of value, got ",
+                 py::repr(progress[key]).cast<std::string>());
     }
   };
-  const auto stop = [&] {
+  checkpoint.progress.visit(read);
+  checkpoint.tensors = dict["tensors"].cast<methods::State>();
+  return checkpoint;
+}
+
+py::dict run(train::Trainer& trainer, const std::optional<py::function>& on_event,
+             const std::optional<py::function>& should_stop,
+             const std::optional<py::function>& on_checkpoint,
+             const std::optional<py::dict>& checkpoint) {
+  train::Hooks hooks;
+  if (on_event) {
+    hooks.listen = [&](const train::Event& event) {
+      const py::gil_scoped_acquire gil;
+      (*on_event)(event_dict(event));
+    };
+  }
+  hooks.should_stop = [&] {
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) {
       throw py::error_already_set();
     }
     return should_stop && (*should_stop)().cast<bool>();
   };
+  if (on_checkpoint) {
+    hooks.save = [&](const train::Checkpoint& saved) {
+      const py::gil_scoped_acquire gil;
+      (*on_checkpoint)(checkpoint_dict(saved));
+    };
+  }
+  std::optional<train::Checkpoint> from;
+  if (checkpoint) {
+    from = checkpoint_of(*checkpoint);
+  }
   train::RunResult result;
   {
     const py::gil_scoped_release release;
-    result = trainer.run(listen, stop);
+    result = trainer.run(hooks, from);
   }
   return result_dict(result, trainer);
 }
@@ -140,14 +180,15 @@ void init_train(py::module_& m) {
       .def(py::init(&make_trainer), py::arg("method"), py::arg("method_options"),
            py::arg("train_options"), py::arg("backbone"), py::arg("dataset"), py::arg("transform"),
            py::arg("loader"), py::arg("mean"), py::arg("std"), py::arg("draws") = py::none())
-      .def("run", &run, py::arg("on_event") = py::none(), py::arg("should_stop") = py::none())
+      .def("run", &run, py::arg("on_event") = py::none(), py::arg("should_stop") = py::none(),
+           py::arg("on_checkpoint") = py::none(), py::arg("checkpoint") = py::none())
       .def(
-          "state", [](train::Trainer& t) { return method_state(t.method()); },
+          "state", [](train::Trainer& t) { return methods::copy_state(visit_of(t.method())); },
           "Every tensor of the method by name, as copies.")
       .def(
           "load_state",
-          [](train::Trainer& t, const TensorDict& state, bool partial) {
-            load_method_state(t.method(), state, /*whole=*/!partial);
+          [](train::Trainer& t, const methods::State& state, bool partial) {
+            methods::load_state(visit_of(t.method()), state, {.whole = !partial});
           },
           py::arg("state"), py::arg("partial") = false,
           "Of every tensor of the method; or of some, and the others stay as they are.")

@@ -543,6 +543,8 @@ class Trainer:
         self,
         on_event: collections.abc.Callable | None = None,
         should_stop: collections.abc.Callable | None = None,
+        on_checkpoint: collections.abc.Callable | None = None,
+        checkpoint: dict | None = None,
     ) -> dict: ...
     def scores(self, images: torch.Tensor) -> torch.Tensor:
         """

@@ -7,7 +7,7 @@ result = ntkcl.train(preset="ntk-cl/cifar100-in21k", data_root="~/data")
 
 import ntkcl._torch_check  # noqa: F401  # first of all
 from ntkcl import _C as _C
-from ntkcl.api import info, list_datasets, list_methods, train
+from ntkcl.api import info, list_datasets, list_methods, resume, train
 from ntkcl.backbones import list_backbones
 from ntkcl.config import Config
 from ntkcl.presets import list_presets
@@ -24,5 +24,6 @@ __all__ = [
     "list_methods",
     "list_presets",
     "load_result",
+    "resume",
     "train",
 ]

@@ -22,10 +22,11 @@ from ntkcl import _C
 from ntkcl import backbones as _backbones
 from ntkcl import config as _config
 from ntkcl.backbones import Weights, backbone_info, load_backbone
+from ntkcl.checkpoints import Checkpoint
 from ntkcl.config import ARRAYS, Config, Normalization, cautions, resolve
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
 from ntkcl.progress import make_progress
-from ntkcl.result import Result, result_of
+from ntkcl.result import Result, load_result, result_of
 from ntkcl.runfolder import RunFolder
 
 logger = logging.getLogger("ntkcl")
@@ -45,7 +46,7 @@ def train(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Resu
       ValueError, TypeError, FileNotFoundError: something given is wrong; nothing was written.
       OSError: the run folder cannot be written to.
       FloatingPointError: a loss is not finite. What was finished stays in the run folder.
-      KeyboardInterrupt: Ctrl-C, after the current step. What was finished stays.
+      KeyboardInterrupt: Ctrl-C or SIGTERM, after the current step. `resume` goes on from there.
     """
     arrays = keywords.get("dataset")
     if not isinstance(arrays, Mapping):
@@ -62,26 +63,61 @@ def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result:
         )
     for caution in cautions(config):
         warnings.warn(f"[config] {caution}", stacklevel=3)
+    if config.resume:
+        if config.output is None:
+            raise ValueError("[config] 'resume': expected an 'output' to go on with, got none")
+        config = config.model_copy(update={"resume": False})
+        if RunFolder.is_run(Path(str(config.output)).expanduser()):
+            return _go_on(config, arrays)
     folder = RunFolder.reserve(config)
     try:
-        dataset = load_dataset(
-            config.dataset if arrays is None else arrays,
-            config.data_root,
-            train_per_class=config.train_per_class,
-            test_per_class=config.test_per_class,
-        )
-        weights = load_backbone(config.backbone, config.weights)
-        order = _class_order(config, len(dataset.class_names))
-        trainer = _make_trainer(config, dataset, weights, order)
-        folder.begin(config, _environment(weights, dataset, order))
+        trainer, environment = _prepare(config, arrays)
+        folder.begin(config, environment)
     except BaseException:
         folder.discard()
         raise
-    try:
-        return _run(config, trainer, folder)
-    except BaseException as error:
-        error.add_note(f"what was finished is in '{folder.path}'")
-        raise
+    return _run(config, trainer, folder)
+
+
+def resume(
+    run: str | os.PathLike[str],
+    *,
+    dataset: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    data_root: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Result:
+    """Goes on with a run that was stopped or killed, from its last checkpoint.
+
+    On the same machine, build and number of threads it ends as the uninterrupted run would have,
+    bit for bit. A finished run gives its result again.
+
+    Args:
+      run: its folder.
+      dataset, data_root, weights: where the same images and weights are now, if they have moved;
+        arrays are given again.
+      progress: whether to show progress; none: as the run was begun.
+
+    Raises:
+      FileNotFoundError: no run there.
+      ValueError: its images or weights are others now; no checkpoint is whole; another process
+        writes to it.
+    """
+    path = Path(run).expanduser()
+    if not RunFolder.is_run(path):
+        raise FileNotFoundError(
+            f"[resume] expected the folder of a run, got no config.toml in '{path}'"
+        )
+    arrays = dataset if isinstance(dataset, Mapping) else None
+    moved: dict[str, Any] = {
+        "dataset": dataset if arrays is None else ARRAYS,
+        "data_root": data_root,
+        "weights": weights,
+        "output": path,
+        "progress": progress,
+    }
+    given = {key: value for key, value in moved.items() if value is not None}
+    return _go_on(resolve(given, path / "config.toml"), arrays)
 
 
 def list_methods() -> list[str]:
@@ -110,19 +146,93 @@ def info() -> dict[str, str]:
     }
 
 
-def _run(config: Config, trainer: _C.Trainer, folder: RunFolder) -> Result:
-    with folder, make_progress(config.progress) as progress, _StopSignal() as stop:
+def _go_on(config: Config, arrays: Mapping[str, Any] | None) -> Result:
+    """The run in `config.output`, which holds one."""
+    path = Path(str(config.output)).expanduser()
+    _check_same(config, resolve(file=path / "config.toml"))
+    folder = RunFolder.reopen(path)
+    with folder:
+        if folder.finished:
+            folder.checkpoints.clear()
+            return load_result(path)
+        checkpoint = folder.checkpoints.latest()
+        trainer, environment = _prepare(config, arrays)
+        _check_environment(environment, folder.environment())
+        folder.go_back(checkpoint.log_bytes if checkpoint else 0)
+        return _run(config, trainer, folder, checkpoint)
 
-        def on_event(event: dict[str, Any]) -> None:
-            folder.record(event)
-            if event["event"] == "warning":
-                logger.warning(event["message"])
-            progress(event)
 
-        raw = trainer.run(on_event, stop)
-        result = result_of(raw, folder.path, config)
-        folder.finish(result, raw)
-    return result
+def _check_same(config: Config, begun: Config) -> None:
+    """The keys that decide what is computed are those that the run was begun with."""
+    given, of_run = config.flat(), begun.flat()
+    for key in given.keys() - _MAY_CHANGE:
+        if given[key] != of_run[key]:
+            raise ValueError(
+                f"[resume] '{key}': expected {of_run[key]!r}, as the run in '{config.output}' was "
+                f"begun, got {given[key]!r}"
+            )
+
+
+# Places and speed; that the images and weights are the same is seen by their hashes.
+_MAY_CHANGE = {"output", "resume", "progress", "data_root", "dataset", "weights"}
+_MAY_CHANGE |= {"loader_threads", "prefetch", "checkpoint_minutes", "checkpoint_steps"}
+
+
+def _check_environment(now: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
+    for key, what in (("weights_sha256", "weights"), ("dataset_manifest", "images")):
+        if now[key] != begun.get(key):
+            raise ValueError(
+                f"[resume] expected the {what} that the run was begun with ({key} "
+                f"{begun.get(key)}), got others ({now[key]})"
+            )
+    for key in ("ntkcl", "torch", "cpu", "gpu"):
+        if now[key] != begun.get(key):
+            logger.warning(
+                "[resume] %s: %s, the run was begun with %s: the result may differ from an "
+                "uninterrupted run's in the last bits",
+                *(key, now[key], begun.get(key)),
+            )
+
+
+def _prepare(config: Config, arrays: Mapping[str, Any] | None) -> tuple[_C.Trainer, dict[str, Any]]:
+    dataset = load_dataset(
+        config.dataset if arrays is None else arrays,
+        config.data_root,
+        train_per_class=config.train_per_class,
+        test_per_class=config.test_per_class,
+    )
+    weights = load_backbone(config.backbone, config.weights)
+    order = _class_order(config, len(dataset.class_names))
+    return (
+        _make_trainer(config, dataset, weights, order),
+        _environment(weights, dataset, order),
+    )
+
+
+def _run(
+    config: Config, trainer: _C.Trainer, folder: RunFolder, checkpoint: Checkpoint | None = None
+) -> Result:
+    try:
+        with folder, make_progress(config.progress) as progress, _StopSignal() as stop:
+
+            def on_event(event: dict[str, Any]) -> None:
+                folder.record(event)
+                if event["event"] == "warning":
+                    logger.warning(event["message"])
+                progress(event)
+
+            raw = trainer.run(
+                on_event, stop, folder.save, checkpoint.for_core() if checkpoint else None
+            )
+            result = result_of(raw, folder.path, config)
+            folder.finish(result, raw)
+        return result
+    except BaseException as error:
+        note = f"what was finished is in '{folder.path}'"
+        if not isinstance(error, FloatingPointError):  # which would happen again
+            note += f"; go on with `ntkcl resume {folder.path}`"
+        error.add_note(note)
+        raise
 
 
 def _make_trainer(
@@ -203,28 +313,30 @@ def _git_commit() -> str | None:
 
 
 class _StopSignal:
-    """Turns the first Ctrl-C into a request that the task loop asks for after every step; the
-    second one interrupts at once. Only the main thread can listen to signals."""
+    """Turns the first Ctrl-C or SIGTERM into a request that the task loop asks for after every
+    step; the second one interrupts at once. Only the main thread can listen to signals."""
 
     def __init__(self) -> None:
         self._asked = False
-        self._before: Any = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __call__(self) -> bool:
         return self._asked
 
     def _ask(self, _signal: int, _frame: FrameType | None) -> None:
         self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in self._before:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _document_train() -> None:

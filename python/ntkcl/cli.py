@@ -3,6 +3,8 @@
     ntkcl train                      the embedded default
     ntkcl train --preset ntk-cl/cifar100-in21k --data-root ~/data --epochs 5
     ntkcl train --config c.toml --ntk-cl.eta 0.03
+    ntkcl train --output runs/a --resume     go on with the run there, or begin it
+    ntkcl resume runs/a
     ntkcl methods | datasets | presets | backbones | info
 
 What is wrong in what was given ends as one line on stderr with exit code 2, Ctrl-C with 130.
@@ -29,6 +31,7 @@ from ntkcl.datasets import KNOWN_DATASETS
 from ntkcl.names import did_you_mean
 from ntkcl.presets import PRESETS, PUBLISHED, PUBLISHED_TASK_MEANS
 from ntkcl.progress import result_table
+from ntkcl.result import Result
 
 _USER_ERRORS = (ValueError, TypeError, OSError)
 _UNSET = type("Unset", (str,), {})("")  # told from an empty text by identity
@@ -77,7 +80,10 @@ def _fail(error: BaseException, code: int) -> int:
 def _train(words: list[str]) -> None:
     """Train a method on a sequence of tasks and write a run folder."""
     file, given = parse_train(words)
-    result = run(config.resolve(given, file))
+    _report(run(config.resolve(given, file)))
+
+
+def _report(result: Result) -> None:
     made = result.config
     console = Console()
     console.print(result_table(result))
@@ -89,9 +95,35 @@ def _train(words: list[str]) -> None:
     )
 
 
+def _resume(words: list[str]) -> None:
+    """Go on with a run that was stopped or killed."""
+    parsed, unknown = tyro.cli(
+        _Resume,
+        args=words,
+        prog="ntkcl resume",
+        description=_resume.__doc__,
+        return_unknown_args=True,
+    )
+    if unknown:
+        raise ValueError(f"[ntkcl] unknown argument '{unknown[0]}'; see `ntkcl resume --help`")
+    _report(ntkcl.resume(parsed.run, data_root=parsed.data_root, weights=parsed.weights))
+
+
+@dataclasses.dataclass
+class _Resume:
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="its folder")]
+    data_root: Annotated[
+        str | None, tyro.conf.arg(help="folder of the named data sets, if it has moved")
+    ] = None
+    weights: Annotated[
+        str | None, tyro.conf.arg(help="safetensors file of the backbone, if it has moved")
+    ] = None
+
+
 def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     """The configuration file and the keys that a command line gives, under their dotted names."""
     options = {option.key: option for option in config.options()}
+    words = _with_flags(words, {key for key, o in options.items() if o.type == "bool"})
     _check_values(words, {"config", *(k for k, o in options.items() if not o.is_list)})
     parsed, unknown = tyro.cli(
         _arguments(),
@@ -112,6 +144,16 @@ def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
         for key, text in texts.items()
         if text is not _UNSET and text is not _UNSET_LIST
     }
+
+
+def _with_flags(words: Sequence[str], keys: Iterable[str]) -> list[str]:
+    """`--resume` alone means `--resume true`."""
+    whole = []
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        whole.append(word)
+        if word[:2] == "--" and _key(word) in keys and "=" not in word and following[:2] == "--":
+            whole.append("true")
+    return whole
 
 
 def _check_values(words: Sequence[str], keys: Iterable[str]) -> None:
@@ -231,6 +273,7 @@ def _backbones(_: list[str]) -> None:
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
+    "resume": _resume,
     "info": _info,
     "methods": _methods,
     "datasets": _datasets,

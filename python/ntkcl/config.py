@@ -83,6 +83,9 @@ class Config(BaseModel):
         None, description="seed that permutes the classes; none: as `seed`"
     )
     output: str | None = Field(None, description="run folder; none: runs/<method>-<dataset>-<time>")
+    resume: bool = Field(
+        False, description="go on with the run in `output`, or begin it where there is none"
+    )
     progress: bool = Field(True, description="show progress")
 
     def train_options(self) -> dict[str, Any]:

@@ -56,6 +56,13 @@ class Lines(Silent):
         sizes = ", ".join(str(size) for size in event["task_sizes"])
         self._print(f"{self._tasks} tasks of {sizes} classes, {event['steps']} training steps")
 
+    def on_resume(self, event: Event) -> None:
+        self._tasks = event["tasks"]
+        self._print(
+            f"goes on in task {min(event['task'] + 1, self._tasks)} of {self._tasks}, after "
+            f"{event['steps_done']} of {event['steps']} training steps"
+        )
+
     def on_epoch(self, event: Event) -> None:
         self._print(
             f"{_task_text(event, self._tasks)}  epoch {event['epoch'] + 1}/{event['epochs']}  "
@@ -100,6 +107,11 @@ class Live(Silent):
         # A method without training has no steps: its tasks are counted.
         self._has_steps = event["steps"] > 0
         self._progress.update(self._all, total=event["steps"] or self._tasks)
+
+    def on_resume(self, event: Event) -> None:
+        self.on_run_begin(event)
+        done = event["steps_done"] if self._has_steps else event["task"]
+        self._progress.update(self._all, completed=done, description="going on")
 
     def on_task_begin(self, event: Event) -> None:
         self._progress.update(self._all, description=_task_text(event, self._tasks))

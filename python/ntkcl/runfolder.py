@@ -6,27 +6,31 @@
     accuracy_matrix.csv   T columns, one row per finished task; empty above the diagonal
     result.json           all metrics; null where undefined
     predictions.safetensors, state.safetensors, accuracy.png
+    checkpoint/           where an unfinished run goes on, see checkpoints.py
 
-Every file but the event log is written whole or not at all. A run that fails keeps its events and
-the accuracy matrix of the finished tasks.
+Every file but the event log is written whole or not at all. A run that fails keeps its events, the
+accuracy matrix of the finished tasks and its checkpoints.
 """
 
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
+import logging
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, BinaryIO, Self
 
-import safetensors.torch
-import torch
-
+from ntkcl.checkpoints import Checkpoints
 from ntkcl.config import Config, to_toml
+from ntkcl.files import remove_temporaries, safetensors_bytes, write_atomically
 from ntkcl.result import Result
+
+logger = logging.getLogger("ntkcl")
 
 _OF_A_RUN = ("config.toml", "events.jsonl", "result.json")
 
@@ -37,20 +41,18 @@ class RunFolder:
     def __init__(self, path: Path, created: Sequence[Path]) -> None:
         self.path = path
         self._created = created  # folders that were made for this run, the outermost first
-        self._log: IO[str] | None = None
+        self._log: BinaryIO | None = None
+        self._lock_file: int | None = None
         self._rows: list[list[float]] = []
         self._tasks = 0
+        self.checkpoints = Checkpoints(path / "checkpoint")
 
     @classmethod
     def reserve(cls, config: Config) -> RunFolder:
         """Makes the folder, or raises before any work: ValueError where it holds a run, OSError
         where it cannot be written to."""
         path = Path(config.output).expanduser() if config.output else _default_path(config)
-        holds = [name for name in _OF_A_RUN if (path / name).exists()]
-        if holds:
-            raise ValueError(
-                f"[output] '{path}' holds a run ({holds[0]}): give another output, or remove it"
-            )
+        _check_free(path)
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -63,51 +65,127 @@ class RunFolder:
 
     def discard(self) -> None:
         """Removes the folders that were made for a run that did not begin."""
+        self._close()
         for folder in reversed(self._created):
             try:
                 folder.rmdir()
             except OSError:  # somebody else has put something there
                 return
 
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """The folder of a run that was begun. ValueError where a process is writing to it."""
+        folder = cls(path, [])
+        folder._lock()
+        folder._log = (path / "events.jsonl").open("a+b")
+        remove_temporaries(path)
+        folder.checkpoints.tidy()
+        return folder
+
+    @staticmethod
+    def is_run(path: Path) -> bool:
+        """Whether a run was begun there."""
+        return (path / "config.toml").is_file()
+
+    @property
+    def finished(self) -> bool:
+        """result.json is written last."""
+        return (self.path / "result.json").is_file()
+
+    def environment(self) -> dict[str, Any]:
+        """What `begin` was given."""
+        found: dict[str, Any] = json.loads((self.path / "environment.json").read_bytes())
+        return found
+
     def begin(self, config: Config, environment: Mapping[str, Any]) -> None:
-        """Writes what is known beforehand and opens the event log."""
-        self._log = (self.path / "events.jsonl").open("x", encoding="utf-8")
-        write_atomically(self.path / "config.toml", to_toml(config).encode())
+        """Writes what is known beforehand and opens the event log. The configuration makes the
+        folder a run's: it comes after what a resumed run wants to find beside it."""
+        self._lock()
+        _check_free(self.path)  # nobody has begun a run since
         write_atomically(self.path / "environment.json", _json(environment))
+        write_atomically(self.path / "config.toml", to_toml(config).encode())
+        self._log = (self.path / "events.jsonl").open("a+b")
+
+    def go_back(self, log_bytes: int) -> None:
+        """Forgets the events after a checkpoint: they will happen again."""
+        assert self._log is not None
+        if self._log.seek(0, os.SEEK_END) < log_bytes:
+            logger.warning("[resume] '%s' is shorter than it was: events are lost", self._log.name)
+        else:
+            self._log.truncate(log_bytes)
+        self._log.seek(0)
+        self._rows, self._tasks = [], 0
+        for line in self._log.read().splitlines():
+            try:
+                self._note(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                logger.warning("[resume] '%s': a line is damaged: %.80s", self._log.name, line)
+        self._log.seek(0, os.SEEK_END)
 
     def record(self, event: Mapping[str, Any]) -> None:
         """Adds an event to the log; after an evaluation also a row to the accuracy matrix."""
         assert self._log is not None
-        self._log.write(json.dumps(_without_nan(event)) + "\n")
+        self._log.write((json.dumps(_without_nan(event)) + "\n").encode())
         self._log.flush()
-        if event["event"] == "run_begin":
-            self._tasks = event["tasks"]
-        elif event["event"] == "evaluation":
-            self._rows.append(list(event["per_task"]))
+        if self._note(event):
             self._write_matrix(self._rows, self._tasks)
 
+    def save(self, checkpoint: Mapping[str, Any]) -> None:
+        """Writes a checkpoint, after the events that led to it."""
+        assert self._log is not None
+        os.fsync(self._log.fileno())
+        self.checkpoints.save(checkpoint, self._log.tell())
+
     def finish(self, result: Result, raw: Mapping[str, Any]) -> None:
-        """Writes the result, the trained state, the predictions and the plot."""
-        write_atomically(self.path / "result.json", _json(result.to_dict()))
+        """Writes the trained state, the predictions, the plot and at last the result; the
+        checkpoints have done their work."""
         self._write_matrix(result.accuracy_matrix.tolist(), len(result.evaluations))
         predictions = {
             f"task_{task}.{name}": tensor
             for task, pair in enumerate(raw["predictions"])
             for name, tensor in zip(("labels", "predictions"), pair, strict=True)
         }
-        about = {"format": "pt", "ntkcl.method": result.config.method}
-        write_atomically(self.path / "state.safetensors", _safetensors(raw["state"], about))
-        write_atomically(self.path / "predictions.safetensors", _safetensors(predictions, about))
+        about = {"ntkcl.method": result.config.method}  # of two keys the order would change
+        for name, tensors in (("state", raw["state"]), ("predictions", predictions)):
+            write_atomically(self.path / f"{name}.safetensors", safetensors_bytes(tensors, about))
         from ntkcl.report import png
 
         write_atomically(self.path / "accuracy.png", png(result))
+        write_atomically(self.path / "result.json", _json(result.to_dict()))
+        self.checkpoints.clear()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._log is not None:
             self._log.close()
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+    def _lock(self) -> None:
+        """One process at a time writes here. The lock goes with the process, however it ends."""
+        self._lock_file = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock_file)
+            self._lock_file = None
+            raise ValueError(
+                f"[output] '{self.path}' is in use: another process runs there"
+            ) from None
+
+    def _note(self, event: Mapping[str, Any]) -> bool:
+        """Whether the event adds a row to the accuracy matrix."""
+        if event["event"] in ("run_begin", "resume"):
+            self._tasks = event["tasks"]
+        elif event["event"] == "evaluation":
+            self._rows.append([math.nan if v is None else v for v in event["per_task"]])
+        return bool(event["event"] == "evaluation")
 
     def _write_matrix(self, rows: Iterable[Sequence[float]], tasks: int) -> None:
         lines = [
@@ -116,22 +194,13 @@ class RunFolder:
         write_atomically(self.path / "accuracy_matrix.csv", ("\n".join(lines) + "\n").encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, also when the power goes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _check_free(path: Path) -> None:
+    holds = [name for name in _OF_A_RUN if (path / name).exists()]
+    if holds:
+        raise ValueError(
+            f"[output] '{path}' holds a run ({holds[0]}): give another output, go on with it by "
+            "resume = true, or remove it"
+        )
 
 
 def _default_path(config: Config) -> Path:
@@ -148,11 +217,6 @@ def _default_path(config: Config) -> Path:
 
 def _padded(row: Sequence[float], length: int) -> list[float]:
     return [*row, *[math.nan] * (length - len(row))]
-
-
-def _safetensors(tensors: Mapping[str, torch.Tensor], about: dict[str, str]) -> bytes:
-    whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    return safetensors.torch.save(whole, metadata=about)
 
 
 def _json(value: Any) -> bytes:

@@ -33,7 +33,11 @@ class FakeTrainer:
         type(self).seen = {"method": method, "method_options": method_options, "given": (_, given)}
 
     def run(
-        self, on_event: Callable[[Event], None] | None, should_stop: Callable[[], bool] | None
+        self,
+        on_event: Callable[[Event], None] | None,
+        should_stop: Callable[[], bool] | None,
+        on_checkpoint: Callable[[dict[str, Any]], None] | None = None,
+        checkpoint: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         tell = on_event or (lambda event: None)
         tell(

@@ -217,7 +217,10 @@ def test_an_error_while_writing_stops_the_real_core_and_is_not_hidden(
     monkeypatch.setattr(RunFolder, "record", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
         train(tmp_path / "run", train_per_class=2, test_per_class=1, epochs=1)
-    assert caught.value.__notes__ == [f"what was finished is in '{tmp_path / 'run'}'"]
+    run = tmp_path / "run"
+    assert caught.value.__notes__ == [
+        f"what was finished is in '{run}'; go on with `ntkcl resume {run}`"
+    ]
 
 
 def test_help_lists_every_key() -> None:
@@ -285,9 +288,12 @@ def test_two_runs_cannot_begin_in_one_folder(tmp_path: Path) -> None:
     first, second = RunFolder.reserve(config), RunFolder.reserve(config)
     with first:
         first.begin(config, {})
-        with pytest.raises(FileExistsError), second:
+        with pytest.raises(ValueError, match="is in use: another process runs there"), second:
             second.begin(config, {"other": 1})
-        assert json.loads((tmp_path / "run" / "environment.json").read_text()) == {}
+    third = RunFolder(tmp_path / "run", [])
+    with third, pytest.raises(ValueError, match="holds a run"):
+        third.begin(config, {"other": 1})
+    assert json.loads((tmp_path / "run" / "environment.json").read_text()) == {}
 
 
 def test_what_somebody_else_put_into_the_folder_stays(tmp_path: Path) -> None:

@@ -213,6 +213,7 @@ def test_control_c_leaves_a_run_folder_that_can_be_read(
         "environment.json",
         "events.jsonl",
         "accuracy_matrix.csv",
+        "checkpoint",
     }
 
 

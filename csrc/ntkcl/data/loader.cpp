@@ -52,8 +52,7 @@ class Loader::Impl {
     cancel();
     NTKCL_CHECK(batch_size > 0, "Loader", "expected a batch size of at least 1, got ", batch_size);
     for (const int64_t index : indices) {
-      NTKCL_CHECK(index >= 0 && index < store_->size(), "Loader", "expected indices in 0 .. ",
-                  store_->size() - 1, ", got ", index);
+      check_index(index);
     }
     view_ = view;
     indices_ = std::move(indices);
@@ -83,7 +82,21 @@ class Loader::Impl {
     return false;
   }
 
-  int64_t skipped() const { return static_cast<int64_t>(skipped_.size()); }
+  int64_t position() const { return std::min(delivered_ * batch_size_, total()); }
+
+  at::Tensor skipped_images() const {
+    return at::tensor(std::vector<int64_t>(skipped_.begin(), skipped_.end()), at::kLong);
+  }
+
+  void count_as_skipped(const at::Tensor& images) {
+    NTKCL_CHECK(images.dim() == 1 && images.scalar_type() == at::kLong, "Loader",
+                "expected int64 indices (n), got ", images.toString(), images.sizes());
+    const at::Tensor host = images.cpu().contiguous();
+    for (const int64_t index : at::IntArrayRef(host.const_data_ptr<int64_t>(), host.numel())) {
+      check_index(index);
+      skipped_.insert(index);
+    }
+  }
 
   std::vector<std::string> skipped_names() const {
     std::vector<std::string> names;
@@ -94,6 +107,10 @@ class Loader::Impl {
   }
 
  private:
+  void check_index(int64_t index) const {
+    NTKCL_CHECK(index >= 0 && index < store_->size(), "Loader", "expected indices in 0 .. ",
+                store_->size() - 1, ", got ", index);
+  }
   int64_t total() const { return static_cast<int64_t>(indices_.size()); }
 
   // Adds the next batch to those to be filled, if one is left. The lock is held, or no thread runs.
@@ -238,8 +255,20 @@ bool Loader::next(LoadedBatch& batch) {
   return impl_->next(batch);
 }
 
+int64_t Loader::position() const {
+  return impl_->position();
+}
+
 int64_t Loader::skipped() const {
-  return impl_->skipped();
+  return impl_->skipped_images().numel();
+}
+
+at::Tensor Loader::skipped_images() const {
+  return impl_->skipped_images();
+}
+
+void Loader::count_as_skipped(const at::Tensor& images) {
+  impl_->count_as_skipped(images);
 }
 
 std::vector<std::string> Loader::skipped_names() const {

@@ -56,9 +56,15 @@ class Loader {
   // batch is shorter by its corrupt images, and left out when none remains.
   bool next(LoadedBatch& batch);
 
-  // Images skipped since construction, each counted once.
+  // Images of the pass in the batches that next() has read, also in those that it left out.
+  int64_t position() const;
+
+  // Images skipped since construction, each counted once; int64 (n), indices into the store.
   int64_t skipped() const;
+  at::Tensor skipped_images() const;
   std::vector<std::string> skipped_names() const;
+  // Counts these as skipped, too. ValueError for an index outside the store.
+  void count_as_skipped(const at::Tensor& images);
 
  private:
   class Impl;

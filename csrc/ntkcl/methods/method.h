@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ntkcl/methods/random.h"
+#include "ntkcl/methods/state.h"
 #include "ntkcl/optim/optimizer.h"
 
 // What a continual-learning method is, and what it may ask of the loop that runs it. A method knows
@@ -64,9 +65,6 @@ class TestImages {
   virtual void for_each_batch(const std::vector<int64_t>& numbers, const BatchFn& fn) = 0;
 };
 
-// Called with every tensor that a checkpoint must hold. A tensor of a list is a view: copy into it.
-using StateVisitor = std::function<void(const std::string& name, at::Tensor& tensor)>;
-
 // All that a method may ask of the loop.
 class TaskServices {
  public:
@@ -91,8 +89,11 @@ class Method {
 
   // Whether this task has training steps at all.
   virtual bool trains(const TaskInfo&) const { return true; }
-  // New heads, bases, features of the old model. Returns what is trained; empty if nothing is.
-  virtual std::vector<optim::ParameterGroup> before_task(TaskServices& services) = 0;
+  // New heads, bases, features of the old model: all that a task's beginning changes in the state.
+  virtual void before_task(TaskServices&) {}
+  // What the task trains; empty if nothing is. Follows before_task, or the loading of a state from
+  // the midst of the task: what it prepares follows from the state.
+  virtual std::vector<optim::ParameterGroup> trained(const TaskInfo&) { return {}; }
   // Fills .grad of the trained parameters, which come without gradients. One left undefined is
   // zero.
   virtual Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) = 0;
@@ -107,6 +108,9 @@ class Method {
                           [&](const Batch& batch) { fn(batch.labels, scores(batch.images)); });
   }
   virtual void visit_state(const StateVisitor& visitor) = 0;
+  // What score() keeps of the run's test images: no part of what is learned, but a resumed run is
+  // the same to the bit only if nothing is computed in another order.
+  virtual void visit_test_state(const StateVisitor&) {}
 };
 
 }  // namespace ntkcl::methods

@@ -110,10 +110,7 @@ void Evaluation::add(const at::Tensor& labels, const at::Tensor& scores, const a
 
   const at::Tensor targets = labels.to(scores.device());
   task_of_class_ = task_of_class_.to(scores.device());
-  const int64_t more = scores.size(1) - task_of_class_.size(0);
-  if (more > 0) {
-    task_of_class_ = at::cat({task_of_class_, task_of_class_.new_full({more}, -1)});
-  }
+  know_columns(scores.size(1));
   const at::Tensor inferred =
       task.defined() ? task.to(scores.device()) : at::full_like(targets, -1);
   const at::Tensor elsewhere = task_of_class_.narrow(0, 0, scores.size(1))
@@ -125,6 +122,35 @@ void Evaluation::add(const at::Tensor& labels, const at::Tensor& scores, const a
                                1));
   labels_.push_back(host_labels);
   count_ += labels.size(0);
+}
+
+void Evaluation::restore(const at::Tensor& labels, const at::Tensor& records) {
+  const auto is_int64 = [](const at::Tensor& t) { return t.scalar_type() == at::kLong; };
+  NTKCL_CHECK(labels.dim() == 1 && is_int64(labels) && is_int64(records) &&
+                  records.sizes() == at::IntArrayRef({labels.size(0), kColumns}),
+              kWhere, "expected int64 labels (n) and records (n, ", +kColumns, "), got ",
+              labels.toString(), labels.sizes(), " and ", records.toString(), records.sizes());
+  const auto inside = [](const at::Tensor& values, int64_t low, int64_t high) {
+    return values.ge(low).logical_and(values.lt(high)).all().item<bool>();
+  };
+  const at::Tensor host = records.cpu();
+  const int64_t classes = int64_t{1} << 20;  // more than any run has
+  NTKCL_CHECK(
+      inside(labels, 0, seen_classes()) && inside(host.select(1, kPrediction), 0, classes) &&
+          inside(host.select(1, kWithinTask), 0, seen_classes()) &&
+          inside(host.select(1, kRank), 0, classes) && inside(host.select(1, kTask), -1, classes),
+      kWhere, "expected records of classes in 0 .. ", seen_classes() - 1);
+  labels_ = {labels.cpu()};
+  records_ = {host};
+  count_ = labels.size(0);
+  know_columns(count_ > 0 ? host.select(1, kPrediction).max().item<int64_t>() + 1 : 0);
+}
+
+void Evaluation::know_columns(int64_t columns) {
+  const int64_t more = columns - task_of_class_.size(0);
+  if (more > 0) {
+    task_of_class_ = at::cat({task_of_class_, task_of_class_.new_full({more}, -1)});
+  }
 }
 
 const at::Tensor& Evaluation::records() const {

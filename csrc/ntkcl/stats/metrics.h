@@ -24,6 +24,10 @@ class Evaluation {
   // not fit.
   void add(const at::Tensor& labels, const at::Tensor& scores, const at::Tensor& task = {});
 
+  // Copies of these of another evaluation after the same task: all that has been added. ValueError
+  // for what no evaluation holds.
+  void restore(const at::Tensor& labels, const at::Tensor& records);
+
   int64_t task() const { return task_; }
   // First class of each task 0 .. task, then the number of classes seen.
   const std::vector<int64_t>& first_class() const { return first_class_; }
@@ -43,10 +47,13 @@ class Evaluation {
   double within_task() const;            // best class of the image's own task is the right one
   double inferred_task() const;          // task inferred is the image's; NaN where none was
 
- private:
   // What is kept of each image: columns prediction, best class within the task, rank of the label,
   // whether all its scores were finite, task inferred (-1: none). (count, 5), int64, host.
   const at::Tensor& records() const;
+
+ private:
+  // Scores have so many columns, or more: classes beyond those seen are of no task.
+  void know_columns(int64_t columns);
 
   std::vector<int64_t> first_class_;
   int64_t task_;

@@ -24,6 +24,8 @@ struct TrainOptions {
   int64_t threads = 0;
   std::string cpu_matmul = "auto";
   bool recompute = false;
+  double checkpoint_minutes = 5;
+  int64_t checkpoint_steps = 0;
   optim::OptimizerOptions optimizer;
   optim::ScheduleOptions schedule;
 
@@ -59,6 +61,11 @@ struct TrainOptions {
     v("recompute", recompute, anything(),
       "keep less for the backward pass and compute the activations of MLPs without LoRA anew: "
       "about half the memory of a step for a tenth more time");
+    v("checkpoint_minutes", checkpoint_minutes, at_least(0),
+      "minutes of training after which a checkpoint is written, as after each task's training and "
+      "after each task; 0: only there");
+    v("checkpoint_steps", checkpoint_steps, at_least(0),
+      "steps after which one is written, too; 0: not by steps");
     optimizer.visit(v);
     schedule.visit(v);
   }

@@ -14,79 +14,26 @@
 namespace ntkcl::train {
 namespace {
 
-class Stopwatch {
- public:
-  double seconds() const {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-  }
-
- private:
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
-
-std::vector<int64_t> inverse_order(const std::vector<int64_t>& order) {
-  const auto n = static_cast<int64_t>(order.size());
-  NTKCL_CHECK(n > 0, "class_order", "expected at least one class, got none");
-  std::vector<int64_t> inverse(order.size(), -1);
-  for (int64_t k = 0; k < n; ++k) {
-    const int64_t c = order[static_cast<size_t>(k)];
-    NTKCL_CHECK(c >= 0 && c < n && inverse[static_cast<size_t>(c)] < 0, "class_order",
-                "expected a permutation of 0 .. ", n - 1, ", got ", c, " at place ", k);
-    inverse[static_cast<size_t>(c)] = k;
-  }
-  return inverse;
-}
-
-std::vector<std::vector<int64_t>> by_class(const data::ImageStore& store,
-                                           const std::vector<int64_t>& class_number) {
-  std::vector<std::vector<int64_t>> images(class_number.size());
-  const std::vector<int64_t>& labels = store.labels();
-  for (size_t i = 0; i < labels.size(); ++i) {
-    NTKCL_CHECK(labels[i] >= 0 && labels[i] < static_cast<int64_t>(class_number.size()), "data",
-                "label of ", store.name(static_cast<int64_t>(i)), ": expected 0 .. ",
-                class_number.size() - 1, ", got ", labels[i]);
-    const auto number = static_cast<size_t>(class_number[static_cast<size_t>(labels[i])]);
-    images[number].push_back(static_cast<int64_t>(i));
-  }
-  return images;
-}
-
-at::Tensor channel_constant(const std::vector<double>& values, const char* key,
-                            const at::TensorOptions& options) {
-  NTKCL_CHECK(values.size() == 3, "normalize", "'", key, "': expected 3 numbers, got ",
-              values.size());
-  return at::tensor(values, at::kDouble).view({1, 3, 1, 1}).to(options);
-}
+const std::string kOptimizer = "optimizer.";  // begins the names of its state
 
 }  // namespace
 
 Trainer::Trainer(const std::string& method, const OptionMap& method_options, TrainOptions options,
-                 const nn::VisionTransformer& backbone, RunData data,
+                 const nn::VisionTransformer& backbone, const RunData& data,
                  std::unique_ptr<methods::RandomSource> random)
     : options_(std::move(options)),
       device_(resolve_device(options_.device)),
       vit_(prepare_backbone(backbone, options_)),
-      data_(std::move(data)),
-      random_(std::move(random)),
-      class_number_(inverse_order(data_.class_order)),
-      test_store_(data_.test) {
-  const auto class_count = static_cast<int64_t>(class_number_.size());
-  task_sizes_ = scenario::split_classes(class_count, options_.initial_classes, options_.increment);
-  train_images_ = by_class(*data_.train, class_number_);
-  test_images_ = by_class(*data_.test, class_number_);
+      class_order_(data.class_order),
+      images_(ImageSet::of_run(data, options_.validation_fraction, vit_.options())),
+      random_(std::move(random)) {
+  task_sizes_ = scenario::split_classes(static_cast<int64_t>(class_order_.size()),
+                                        options_.initial_classes, options_.increment);
   if (!random_) {
     random_ = std::make_unique<methods::RandomSource>(static_cast<uint64_t>(options_.seed));
   }
-  check_data();
-  if (options_.validation_fraction > 0) {
-    hold_out();
-  }
-  NTKCL_CHECK(data_.transform.image_size == vit_.image_size(), "image_size",
-              "expected the backbone's ", vit_.image_size(), ", got ", data_.transform.image_size);
-  mean_ = channel_constant(data_.mean, "mean", vit_.options());
-  std_ = channel_constant(data_.std, "std", vit_.options());
-  NTKCL_CHECK(std_.gt(0).all().item<bool>(), "normalize", "'std': expected positive numbers");
-
+  NTKCL_CHECK(data.transform.image_size == vit_.image_size(), "image_size",
+              "expected the backbone's ", vit_.image_size(), ", got ", data.transform.image_size);
   for (const double rate : {options_.learning_rate, options_.initial_learning_rate}) {
     const bool used = rate > 0 || rate == options_.learning_rate;
     NTKCL_CHECK(
@@ -94,104 +41,186 @@ Trainer::Trainer(const std::string& method, const OptionMap& method_options, Tra
         "train", "'min_learning_rate': expected at most the learning rate ", rate, ", got ",
         options_.schedule.min_learning_rate);
   }
-  data_.loader.pin_memory = device_.is_cuda();
-  const data::Transform transform(data_.transform);
-  train_loader_ = std::make_unique<data::Loader>(data_.train, transform, data_.loader);
-  test_loader_ = std::make_unique<data::Loader>(test_store_, transform, data_.loader);
   info_.count = static_cast<int64_t>(task_sizes_.size());
   method_ = methods::find_method(method).make(method_options, vit_, info_.count, *random_);
 }
 
 Trainer::~Trainer() = default;
 
-// A share of each class's training images takes the place of the test images.
-void Trainer::hold_out() {
-  test_store_ = data_.train;
-  for (size_t c = 0; c < train_images_.size(); ++c) {
-    std::vector<int64_t>& images = train_images_[c];
-    const auto n = static_cast<int64_t>(images.size());
-    const auto held =
-        static_cast<int64_t>(std::llround(static_cast<double>(n) * options_.validation_fraction));
-    NTKCL_CHECK(held > 0 && held < n, "validation_fraction",
-                "expected to leave and to hold out at ", "least one image of each class, got ",
-                held, " of ", n, " held out");
-    // Keyed by the data set's class, not by the seed: every seed holds out the same images.
-    methods::RandomSource fixed(0);
-    const at::Tensor order = fixed.permutation({"validation", data_.class_order[c]}, n);
-    const int64_t* place = order.const_data_ptr<int64_t>();
-    std::vector<int64_t> kept, out;
-    for (int64_t i = 0; i < n; ++i) {
-      (i < held ? out : kept).push_back(images[static_cast<size_t>(place[i])]);
-    }
-    std::sort(kept.begin(), kept.end());
-    std::sort(out.begin(), out.end());
-    images = std::move(kept);
-    test_images_[c] = std::move(out);
-  }
-}
-
-void Trainer::check_data() const {
-  for (size_t c = 0; c < train_images_.size(); ++c) {
-    NTKCL_CHECK(!train_images_[c].empty(), "data", "class ", data_.class_order[c],
-                ": expected at least one training image, got none");
-    NTKCL_CHECK(!test_images_[c].empty(), "data", "class ", data_.class_order[c],
-                ": expected at least one test image, got none");
-  }
-}
-
-RunResult Trainer::run(const EventFn& listen, const std::function<bool()>& should_stop) {
+RunResult Trainer::run(const Hooks& hooks, const std::optional<Checkpoint>& from) {
   NTKCL_CHECK(!started_, "train", "expected a new trainer: this one has run already");
   started_ = true;
   const ComputeScope scope(options_, device_);
-  const Stopwatch watch;
-  listen_ = listen;
-  should_stop_ = should_stop;
-  result_ = {};
-  int64_t steps = 0;
+  hooks_ = hooks;
+  if (from) {
+    restore(*from);
+  }
+  begun_with_ = progress_;
+  int64_t steps = 0, done = progress_.step;
   for (int64_t t = 0; t < info_.count; ++t) {
     steps += steps_of(t);
+    done += t < progress_.task ? steps_of(t) : 0;
   }
-  emit("run_begin", {{"tasks", info_.count}, {"task_sizes", task_sizes_}, {"steps", steps}});
-  for (int64_t t = 0; t < info_.count; ++t) {
-    info_ = {.index = t,
-             .count = info_.count,
-             .n_old = info_.n_seen(),
-             .n_new = task_sizes_[static_cast<size_t>(t)],
-             .initial_classes = options_.initial_classes,
-             .increment = options_.increment,
-             .batch_size = options_.batch_size,
-             .class_ids = data_.class_order};
+  if (from) {
+    emit("resume", {{"tasks", info_.count},
+                    {"task_sizes", task_sizes_},
+                    {"steps", steps},
+                    {"steps_done", done},
+                    {"task", progress_.task},
+                    {"step", progress_.step}});
+  } else {
+    emit("run_begin", {{"tasks", info_.count}, {"task_sizes", task_sizes_}, {"steps", steps}});
+  }
+  while (progress_.task < info_.count) {
+    info_ = info_of(progress_.task);
     run_task();
   }
-  result_.summary = stats::summarize(result_.evaluations);
-  result_.seconds = watch.seconds();
-  result_.skipped_images = train_loader_->skipped() + test_loader_->skipped();
-  return result_;
+  RunResult result;
+  result.summary = stats::summarize(evaluations_);
+  result.evaluations = std::move(evaluations_);
+  result.seconds = begun_with_.seconds + watch_.seconds();
+  result.training_seconds = progress_.training_seconds;
+  result.training_images = progress_.training_images;
+  result.trainable_parameters = progress_.trainable_parameters;
+  result.skipped_images = images_.first.skipped().numel() + images_.second.skipped().numel();
+  return result;
+}
+
+methods::TaskInfo Trainer::info_of(int64_t task) const {
+  const auto first = task_sizes_.begin();
+  return {.index = task,
+          .count = static_cast<int64_t>(task_sizes_.size()),
+          .n_old = std::accumulate(first, first + task, int64_t{0}),
+          .n_new = task_sizes_[static_cast<size_t>(task)],
+          .initial_classes = options_.initial_classes,
+          .increment = options_.increment,
+          .batch_size = options_.batch_size,
+          .class_ids = class_order_};
 }
 
 void Trainer::run_task() {
   const Stopwatch watch;
-  step_ = 0;
-  const auto first = data_.class_order.begin() + info_.n_old;
-  auto groups = method_->before_task(*this);
-  emit("task_begin",
-       {{"task", info_.index},
-        {"classes", std::vector<int64_t>(first, first + info_.n_new)},
-        {"train_images",
-         static_cast<int64_t>(images_of(train_images_, info_.n_old, info_.n_new).size())},
-        {"steps", steps_of(info_.index)}});
-  train_task(std::move(groups));
+  if (!progress_.begun) {
+    method_->before_task(*this);
+    progress_.begun = true;
+    const auto first = class_order_.begin() + info_.n_old;
+    const auto images = images_.first.of_classes(info_.n_old, info_.n_new).size();
+    emit("task_begin", {{"task", info_.index},
+                        {"classes", std::vector<int64_t>(first, first + info_.n_new)},
+                        {"train_images", static_cast<int64_t>(images)},
+                        {"steps", steps_of(info_.index)}});
+    begin_training();
+  }
+  if (optimizer_) {
+    train_task();
+    optimizer_.reset();
+  }
   for (const std::string& stage : method_->stages(info_)) {
     check_stop();
     try {
       method_->run_stage(stage, *this);
     } catch (const NumericalError& error) {  // what the last step left is not finite
-      NTKCL_FAIL(NumericalError, "train", "after step ", step_ - 1, " of task ", info_.index, ": ",
-                 error.what());
+      NTKCL_FAIL(NumericalError, "train", "after step ", progress_.step - 1, " of task ",
+                 info_.index, ": ", error.what());
     }
   }
-  result_.evaluations.push_back(evaluate_and_report("evaluation", "evaluation", {}));
+  evaluations_.push_back(evaluate_and_report("evaluation", "evaluation", {}));
   emit("task_end", {{"task", info_.index}, {"seconds", watch.seconds()}});
+  progress_.task += 1;
+  progress_.begun = false;
+  progress_.epoch = progress_.step = 0;
+  save();
+}
+
+// ---- Checkpoints ----
+
+void Trainer::visit_state(const methods::StateVisitor& visitor) {
+  const auto named = [&](const std::string& prefix) {
+    return [&visitor, prefix](const std::string& name, at::Tensor& tensor) {
+      visitor(prefix + name, tensor);
+    };
+  };
+  method_->visit_state(named("method."));
+  method_->visit_test_state(named("test."));
+  for (size_t t = 0; t < evaluations_.size(); ++t) {
+    stats::Evaluation& evaluation = evaluations_[t];
+    at::Tensor labels = evaluation.labels(), records = evaluation.records();
+    named("evaluation." + std::to_string(t) + ".")("labels", labels);
+    named("evaluation." + std::to_string(t) + ".")("records", records);
+    evaluation.restore(labels, records);
+  }
+  for (ImageSet* set : {&images_.first, &images_.second}) {
+    at::Tensor skipped = set->skipped();
+    visitor(set == &images_.first ? "skipped.train" : "skipped.test", skipped);
+    set->count_as_skipped(skipped);
+  }
+}
+
+void Trainer::save() {
+  if (!hooks_.save) {
+    return;
+  }
+  Checkpoint checkpoint;
+  progress_.seconds = begun_with_.seconds + watch_.seconds();
+  checkpoint.progress = progress_;
+  checkpoint.tensors =
+      methods::copy_state([&](const methods::StateVisitor& visitor) { visit_state(visitor); });
+  if (optimizer_) {
+    optimizer_->visit_state([&](const std::string& name, at::Tensor& tensor) {
+      checkpoint.tensors[kOptimizer + name] = tensor.clone();
+    });
+  }
+  hooks_.save(checkpoint);
+  since_saved_ = {};
+  steps_since_saved_ = 0;
+}
+
+void Trainer::restore(const Checkpoint& from) {
+  progress_ = from.progress;
+  const Progress& p = progress_;
+  NTKCL_CHECK(0 <= p.task && p.task <= info_.count, "resume", "'task': expected 0 .. ", info_.count,
+              ", got ", p.task);
+  const int64_t steps = p.task < info_.count ? steps_of(p.task) : 0;
+  NTKCL_CHECK(0 <= p.step && p.step <= steps && 0 <= p.epoch && p.epoch <= epochs_of(p.task) &&
+                  p.position >= 0 && p.epoch_images >= 0 && (p.begun || p.step == 0),
+              "resume", "expected a place among the ", steps, " steps of task ", p.task,
+              ", got step ", p.step, ", epoch ", p.epoch, ", image ", p.position);
+  for (int64_t t = 0; t < p.task; ++t) {
+    evaluations_.emplace_back(task_sizes_, t);
+  }
+  methods::State learned, of_optimizer;
+  for (const auto& [name, tensor] : from.tensors) {
+    if (name.starts_with(kOptimizer)) {
+      of_optimizer[name.substr(kOptimizer.size())] = tensor;
+    } else {
+      learned[name] = tensor;
+    }
+  }
+  methods::load_state([&](const methods::StateVisitor& visitor) { visit_state(visitor); }, learned,
+                      {});
+  if (p.begun) {
+    info_ = info_of(p.task);
+    begin_training();
+  }
+  NTKCL_CHECK(optimizer_ || of_optimizer.empty(), "resume", "expected no state of an optimiser ",
+              "between two tasks, got '", of_optimizer.begin()->first, "'");
+  if (optimizer_) {
+    methods::load_state(
+        [&](const methods::StateVisitor& visitor) { optimizer_->visit_state(visitor); },
+        of_optimizer, {.same_sizes = true});
+  }
+}
+
+void Trainer::pause(bool save_anyway) {
+  const bool stops = stop_asked();
+  const bool due =
+      (options_.checkpoint_steps > 0 && steps_since_saved_ >= options_.checkpoint_steps) ||
+      (options_.checkpoint_minutes > 0 &&
+       since_saved_.seconds() >= 60 * options_.checkpoint_minutes);
+  if (save_anyway || stops || due) {
+    save();
+  }
+  check_stop();
 }
 
 // ---- Training ----
@@ -201,83 +230,109 @@ int64_t Trainer::epochs_of(int64_t task) const {
 }
 
 int64_t Trainer::steps_of(int64_t task) const {
-  if (!method_->trains({.index = task, .count = info_.count})) {
+  const methods::TaskInfo info = info_of(task);
+  if (!method_->trains(info)) {
     return 0;
   }
-  const auto first = task_sizes_.begin();
-  const int64_t before = std::accumulate(first, first + task, int64_t{0});
-  const auto images = static_cast<int64_t>(
-      images_of(train_images_, before, task_sizes_[static_cast<size_t>(task)]).size());
+  const auto images = static_cast<int64_t>(images_.first.of_classes(info.n_old, info.n_new).size());
   return epochs_of(task) * ((images + options_.batch_size - 1) / options_.batch_size);
 }
 
-void Trainer::train_task(std::vector<optim::ParameterGroup> groups) {
-  if (groups.empty()) {
-    return;
-  }
+void Trainer::begin_training() {
+  task_steps_ = steps_of(info_.index);
+  auto groups = method_->trained(info_);
   int64_t trained = 0;
   for (const optim::ParameterGroup& group : groups) {
     for (const at::Tensor& parameter : group.parameters) {
       trained += parameter.numel();
     }
   }
-  result_.trainable_parameters = std::max(result_.trainable_parameters, trained);
-  const Stopwatch watch;
-  const auto optimizer = optim::make_optimizer(options_.optimizer, std::move(groups));
+  progress_.trainable_parameters = std::max(progress_.trainable_parameters, trained);
+  optimizer_ = groups.empty() ? nullptr : optim::make_optimizer(options_.optimizer, groups);
+}
+
+void Trainer::train_task() {
   const int64_t epochs = epochs_of(info_.index);
   const bool own = info_.first() && options_.initial_learning_rate > 0;
   const double first_rate = own ? options_.initial_learning_rate : options_.learning_rate;
-  for (int64_t epoch = 0; epoch < epochs; ++epoch) {
-    const double rate =
-        optim::schedule_learning_rates(*optimizer, options_.schedule, first_rate, epoch, epochs);
-    train_epoch(*optimizer, epoch, epochs, rate);
+  while (progress_.epoch < epochs) {
+    const double rate = optim::schedule_learning_rates(*optimizer_, options_.schedule, first_rate,
+                                                       progress_.epoch, epochs);
+    train_epoch(epochs, rate);
+    progress_.epoch += 1;
+    progress_.position = progress_.epoch_images = 0;
+    progress_.epoch_losses.clear();
+    pause(/*save_anyway=*/progress_.epoch == epochs);
   }
-  result_.training_seconds += watch.seconds();
 }
 
-void Trainer::train_epoch(optim::Optimizer& optimizer, int64_t epoch, int64_t epochs,
-                          double learning_rate) {
+void Trainer::train_epoch(int64_t epochs, double learning_rate) {
   const Stopwatch watch;
-  epoch_losses_.clear();
-  train_loader_->start(data::View::kAugmented, shuffled_images({"order", info_.index, epoch}),
-                       options_.batch_size, random_->key({"augmentation", info_.index, epoch}));
-  data::LoadedBatch loaded;
-  int64_t seen = 0;
-  const int64_t steps = steps_of(info_.index);
-  while (train_loader_->next(loaded)) {
-    const methods::Batch batch = to_device(loaded, *data_.train);
-    std::map<std::string, double> losses;
-    optimizer.step([&](int pass) {
-      // Checked before the optimiser moves anything.
-      const methods::StepInfo step{.step = step_,
-                                   .pass = pass,
-                                   .passes = optimizer.passes(),
-                                   .steps = steps,
-                                   .epoch_steps = steps / epochs};
-      auto of_pass = finite(method_->gradients(batch, step, *this), epoch, learning_rate);
-      if (pass == 0) {
-        losses = std::move(of_pass);
-      }
-    });
-    ++step_;
-    seen += batch.labels.size(0);
-    report_step(losses, epoch, steps, batch.labels.size(0), learning_rate);
-    check_stop();
+  const double before = progress_.training_seconds;
+  const int64_t epoch = progress_.epoch, begun_at = progress_.epoch_images;
+  // What is behind a resumed epoch is not read again.
+  std::vector<int64_t> images = shuffled_images({"order", info_.index, epoch});
+  const int64_t start = std::min(progress_.position, static_cast<int64_t>(images.size()));
+  images.erase(images.begin(), images.begin() + start);
+  const auto left = static_cast<int64_t>(images.size());
+  ImageSet& set = images_.first;
+  set.start(data::View::kAugmented, std::move(images), options_.batch_size,
+            random_->key({"augmentation", info_.index, epoch}));
+  methods::Batch batch;
+  while (set.next(batch)) {
+    train_step(batch, learning_rate);
+    progress_.position = start + set.position();
+    progress_.training_seconds = before + watch.seconds();
+    if (set.position() < left) {
+      pause(/*save_anyway=*/false);
+    }
   }
-  result_.training_images += seen;
-  for (auto& [name, sum] : epoch_losses_) {
-    sum /= static_cast<double>(std::max<int64_t>(seen, 1));
+  const int64_t seen = progress_.epoch_images;
+  std::map<std::string, double> means = progress_.epoch_losses;
+  for (auto& [name, value] : means) {
+    value /= static_cast<double>(std::max<int64_t>(seen, 1));
   }
   emit("epoch", {{"task", info_.index},
                  {"epoch", epoch},
                  {"epochs", epochs},
                  {"learning_rate", learning_rate},
-                 {"losses", epoch_losses_},
+                 {"losses", means},
                  {"seconds", watch.seconds()},
-                 {"images_per_second", static_cast<double>(seen) / watch.seconds()}});
+                 {"images_per_second", static_cast<double>(seen - begun_at) / watch.seconds()}});
 }
 
-std::map<std::string, double> Trainer::finite(const methods::Losses& losses, int64_t epoch,
+void Trainer::train_step(const methods::Batch& batch, double learning_rate) {
+  const int64_t images = batch.labels.size(0);
+  std::map<std::string, double> losses;
+  optimizer_->step([&](int pass) {
+    // Checked before the optimiser moves anything.
+    const methods::StepInfo step{.step = progress_.step,
+                                 .pass = pass,
+                                 .passes = optimizer_->passes(),
+                                 .steps = task_steps_,
+                                 .epoch_steps = task_steps_ / epochs_of(info_.index)};
+    auto of_pass = finite(method_->gradients(batch, step, *this), learning_rate);
+    if (pass == 0) {
+      losses = std::move(of_pass);
+    }
+  });
+  emit("step", {{"task", info_.index},
+                {"epoch", progress_.epoch},
+                {"step", progress_.step},
+                {"steps", task_steps_},
+                {"images", images},
+                {"learning_rate", learning_rate},
+                {"losses", losses}});
+  for (const auto& [name, value] : losses) {
+    progress_.epoch_losses[name] += value * static_cast<double>(images);
+  }
+  progress_.step += 1;
+  progress_.epoch_images += images;
+  progress_.training_images += images;
+  steps_since_saved_ += 1;
+}
+
+std::map<std::string, double> Trainer::finite(const methods::Losses& losses,
                                               double learning_rate) const {
   std::vector<at::Tensor> scalars;
   for (const auto& [name, tensor] : losses) {
@@ -290,50 +345,32 @@ std::map<std::string, double> Trainer::finite(const methods::Losses& losses, int
     values[losses[i].first] = value;
     if (!std::isfinite(value)) {
       NTKCL_FAIL(NumericalError, "train", "the loss '", losses[i].first, "' is ", value,
-                 " at step ", step_, " of task ", info_.index, " (epoch ", epoch,
+                 " at step ", progress_.step, " of task ", info_.index, " (epoch ", progress_.epoch,
                  "); a smaller learning rate than ", learning_rate, " may help");
     }
   }
   return values;
 }
 
-void Trainer::report_step(const std::map<std::string, double>& losses, int64_t epoch, int64_t steps,
-                          int64_t images, double learning_rate) {
-  for (const auto& [name, value] : losses) {
-    epoch_losses_[name] += value * static_cast<double>(images);
-  }
-  emit("step", {{"task", info_.index},
-                {"epoch", epoch},
-                {"step", step_ - 1},
-                {"steps", steps},
-                {"images", images},
-                {"learning_rate", learning_rate},
-                {"losses", losses}});
-}
-
 // ---- Passes without gradients ----
 
 void Trainer::for_each_image(const std::string& activity, const methods::BatchFn& fn) {
-  for_each_view({.loader = *train_loader_,
-                 .store = *data_.train,
-                 .images = images_of(train_images_, info_.n_old, info_.n_new)},
-                activity, fn);
+  pass(images_.first, {.images = images_.first.of_classes(info_.n_old, info_.n_new)}, activity, fn);
 }
 
 void Trainer::for_each_augmented(const std::string& activity, const methods::Draw& order,
                                  const methods::BatchFn& fn) {
   methods::Draw augmentation = order;
   augmentation.purpose += ".augmentation";
-  for_each_view({.loader = *train_loader_,
-                 .store = *data_.train,
-                 .images = shuffled_images(order),
-                 .view = data::View::kAugmented,
-                 .key = random_->key(augmentation)},
-                activity, fn);
+  pass(images_.first,
+       {.images = shuffled_images(order),
+        .view = data::View::kAugmented,
+        .key = random_->key(augmentation)},
+       activity, fn);
 }
 
 std::vector<int64_t> Trainer::shuffled_images(const methods::Draw& order) {
-  const std::vector<int64_t> images = images_of(train_images_, info_.n_old, info_.n_new);
+  const std::vector<int64_t> images = images_.first.of_classes(info_.n_old, info_.n_new);
   const at::Tensor places = random_->permutation(order, static_cast<int64_t>(images.size()));
   std::vector<int64_t> shuffled;
   for (const int64_t place : at::IntArrayRef(places.const_data_ptr<int64_t>(), images.size())) {
@@ -342,17 +379,16 @@ std::vector<int64_t> Trainer::shuffled_images(const methods::Draw& order) {
   return shuffled;
 }
 
-void Trainer::for_each_view(Reading reading, const std::string& activity,
-                            const methods::BatchFn& fn) {
+void Trainer::pass(ImageSet& set, Reading reading, const std::string& activity,
+                   const methods::BatchFn& fn) {
   const at::NoGradGuard no_grad;
   const auto count = static_cast<int64_t>(reading.images.size());
-  reading.loader.start(reading.view, std::move(reading.images), options_.evaluation_batch_size,
-                       reading.key);
-  data::LoadedBatch loaded;
+  set.start(reading.view, std::move(reading.images), options_.evaluation_batch_size, reading.key);
+  methods::Batch batch;
   int64_t done = 0;
-  while (reading.loader.next(loaded)) {
-    fn(to_device(loaded, reading.store));
-    done += loaded.indices.size(0);
+  while (set.next(batch)) {
+    fn(batch);
+    done += batch.labels.size(0);
     progress(activity, done, count);
   }
 }
@@ -364,13 +400,11 @@ class Trainer::SeenTestImages : public methods::TestImages {
   SeenTestImages(Trainer& trainer, std::string activity)
       : trainer_(trainer),
         activity_(std::move(activity)),
-        numbers_(trainer.images_of(trainer.test_images_, 0, trainer.info_.n_seen())) {}
+        numbers_(trainer.images_.second.of_classes(0, trainer.info_.n_seen())) {}
 
   const std::vector<int64_t>& numbers() const override { return numbers_; }
   void for_each_batch(const std::vector<int64_t>& numbers, const methods::BatchFn& fn) override {
-    trainer_.for_each_view(
-        {.loader = *trainer_.test_loader_, .store = *trainer_.test_store_, .images = numbers},
-        activity_, fn);
+    trainer_.pass(trainer_.images_.second, {.images = numbers}, activity_, fn);
   }
 
  private:
@@ -419,48 +453,25 @@ void Trainer::progress(const std::string& activity, int64_t done, int64_t count)
 methods::Scores Trainer::scores(const at::Tensor& images) const {
   NTKCL_CHECK(images.scalar_type() == at::kByte, "scores", "expected uint8 images, got ",
               images.scalar_type());
-  return method_->scores(normalised(images));
-}
-
-methods::Batch Trainer::to_device(const data::LoadedBatch& loaded,
-                                  const data::ImageStore& store) const {
-  const int64_t n = loaded.indices.size(0);
-  at::Tensor labels = at::empty({n}, at::kLong);
-  int64_t* out = labels.mutable_data_ptr<int64_t>();
-  for (int64_t i = 0; i < n; ++i) {
-    const auto image = static_cast<size_t>(loaded.indices.const_data_ptr<int64_t>()[i]);
-    out[i] = class_number_[static_cast<size_t>(store.labels()[image])];
-  }
-  return {normalised(loaded.images), labels.to(device_), loaded.indices};
-}
-
-at::Tensor Trainer::normalised(const at::Tensor& images) const {
-  return images.to(device_).to(vit_.options()).div_(255).sub_(mean_).div_(std_);
+  return method_->scores(images_.first.normalised(images));
 }
 
 // ---- Small things ----
 
-std::vector<int64_t> Trainer::images_of(const std::vector<std::vector<int64_t>>& by_class,
-                                        int64_t first, int64_t count) const {
-  std::vector<int64_t> images;
-  for (int64_t c = first; c < first + count; ++c) {
-    const auto& of_class = by_class[static_cast<size_t>(c)];
-    images.insert(images.end(), of_class.begin(), of_class.end());
+void Trainer::emit(std::string name, std::vector<std::pair<std::string, EventValue>> fields) const {
+  if (hooks_.listen) {
+    hooks_.listen({std::move(name), std::move(fields)});
   }
-  std::sort(images.begin(), images.end());
-  return images;
 }
 
-void Trainer::emit(std::string name, std::vector<std::pair<std::string, EventValue>> fields) const {
-  if (listen_) {
-    listen_({std::move(name), std::move(fields)});
-  }
+bool Trainer::stop_asked() const {
+  return hooks_.should_stop && hooks_.should_stop();
 }
 
 void Trainer::check_stop() const {
-  if (should_stop_ && should_stop_()) {
+  if (stop_asked()) {
     NTKCL_FAIL(Interrupted, "train", "stopped in task ", info_.index,
-               ", steps done there: ", step_);
+               ", steps done there: ", progress_.step);
   }
 }
 

@@ -53,9 +53,17 @@ std::vector<size_t> chosen_as_released(const std::vector<double>& scores, int64_
 
 }  // namespace
 
+ImportanceAverage::ImportanceAverage(double mean_decay, double uncertainty_decay, bool plain,
+                                     const at::TensorOptions& like)
+    : mean_decay_(mean_decay),
+      uncertainty_decay_(uncertainty_decay),
+      plain_(plain),
+      mean_(at::zeros({0}, like)),
+      uncertainty_(at::zeros({0}, like)) {}
+
 void ImportanceAverage::add(const at::Tensor& importance) {
   const at::NoGradGuard no_grad;
-  if (!mean_.defined()) {
+  if (steps_ == 0) {
     mean_ = at::zeros_like(importance);
     uncertainty_ = at::zeros_like(importance);
   }
@@ -66,19 +74,20 @@ void ImportanceAverage::add(const at::Tensor& importance) {
 }
 
 at::Tensor ImportanceAverage::score() const {
-  return mean_.defined() ? mean_ * uncertainty_ : at::Tensor();
+  return mean_ * uncertainty_;
 }
 
-void ImportanceAverage::visit_state(const std::string& prefix, const StateFn& visitor) {
-  if (mean_.defined()) {
-    visitor(prefix + "mean", mean_);
-    visitor(prefix + "uncertainty", uncertainty_);
-    at::Tensor steps = at::full({1}, steps_, at::kLong);
-    visitor(prefix + "steps", steps);
-    NTKCL_CHECK(steps.numel() == 1, "state", prefix, "steps: expected one number, got ",
-                steps.sizes());
-    steps_ = steps.item<int64_t>();
-  }
+void ImportanceAverage::visit_state(const std::string& prefix, const StateVisitor& visitor) {
+  at::Tensor steps = at::full({1}, steps_, at::kLong);
+  visitor(prefix + "mean", mean_);
+  visitor(prefix + "uncertainty", uncertainty_);
+  visitor(prefix + "steps", steps);
+  NTKCL_CHECK(steps.numel() == 1, "state", prefix, "steps: expected one number, got ",
+              steps.sizes());
+  steps_ = steps.item<int64_t>();
+  NTKCL_CHECK(mean_.sizes() == uncertainty_.sizes() && (steps_ > 0) == (mean_.numel() > 0), "state",
+              prefix, "*: expected mean and uncertainty of one shape, empty after no step, got ",
+              mean_.sizes(), " and ", uncertainty_.sizes(), " after ", steps_, " steps");
 }
 
 at::Tensor freeze_important(const at::Tensor& mask, const at::Tensor& score,

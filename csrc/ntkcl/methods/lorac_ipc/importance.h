@@ -1,9 +1,8 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <functional>
 #include <string>
+
+#include "ntkcl/methods/state.h"
 
 // Important-parameter constraints: which weight matrices a task has made important, and which of
 // them freeze (arXiv 2504.13407; specification section 4). A matrix is one type m in one block l.
@@ -17,15 +16,15 @@ namespace ntkcl::methods::lorac_ipc {
 // (k - 1) / k in step k.
 class ImportanceAverage {
  public:
-  ImportanceAverage(double mean_decay, double uncertainty_decay, bool plain = false)
-      : mean_decay_(mean_decay), uncertainty_decay_(uncertainty_decay), plain_(plain) {}
+  // `like`: type and device of the importances to come.
+  ImportanceAverage(double mean_decay, double uncertainty_decay, bool plain = false,
+                    const at::TensorOptions& like = at::kDouble);
 
   // The importances of one step, of any shape.
   void add(const at::Tensor& importance);
-  // Of that shape; undefined before the first step.
+  // Of that shape; (0) before the first step, as are mean and uncertainty.
   at::Tensor score() const;
-  using StateFn = std::function<void(const std::string& name, at::Tensor& tensor)>;
-  void visit_state(const std::string& prefix, const StateFn& visitor);
+  void visit_state(const std::string& prefix, const StateVisitor& visitor);
   const at::Tensor& mean() const { return mean_; }
   const at::Tensor& uncertainty() const { return uncertainty_; }
 

@@ -41,7 +41,8 @@ LoracIpc::LoracIpc(Options options, const nn::VisionTransformer& vit, int64_t ta
       tasks_(tasks),
       lora_(vit, options_.placement == "all",
             options_.lora_depth > 0 ? options_.lora_depth : vit.depth(), options_.rank),
-      full_(vit.width(), vit.options()) {
+      full_(vit.width(), vit.options()),
+      seen_(vit.width(), vit.options()) {
   mask_ = at::ones({lora_.types(), lora_.blocks()}, at::kDouble);
   NTKCL_CHECK(options_.selection != "release" || options_.new_mask || options_.ipc_threshold == 0 ||
                   std::floor(static_cast<double>(mask_.numel()) * options_.ipc_threshold) >= 1,
@@ -66,14 +67,13 @@ LoracIpc::LoracIpc(Options options, const nn::VisionTransformer& vit, int64_t ta
   clusters_ = {at::zeros({0, options_.alignment_clusters, c}, vit.options()),
                at::zeros({0, options_.alignment_clusters, c}, vit.options())};
   before_ = at::zeros({0, c}, vit.options());
+  begin_importance();
 }
 
 // ---- Training ----
 
-std::vector<optim::ParameterGroup> LoracIpc::before_task(TaskServices& services) {
+void LoracIpc::before_task(TaskServices& services) {
   const TaskInfo& task = services.task();
-  training_ = {};
-  training_.task = task;
   recent_ = {};
   class_ids_ = at::tensor(task.class_ids, at::kLong);
   if (head_.weight.size(0) < task.n_classes()) {
@@ -91,18 +91,30 @@ std::vector<optim::ParameterGroup> LoracIpc::before_task(TaskServices& services)
     before_ = gathered(rows, task);
   }
   begin_module(task, services.random());
+  begin_importance();
+}
+
+void LoracIpc::begin_importance() {
+  importance_.clear();
   if (options_.ipc_threshold > 0) {
-    training_.importance.assign(
+    importance_.assign(
         by_entry() ? lora_.groups().size() : 1,
         ImportanceAverage(options_.importance_decay, options_.uncertainty_decay,
-                          options_.importance_average == "epoch"));
+                          options_.importance_average == "epoch",
+                          by_entry() ? vit_.options() : vit_.options().dtype(at::kDouble)));
   }
-  return parameters();
 }
 
 // Only the current module, the old weights and the task's rows of the head move (section 9.5).
-std::vector<optim::ParameterGroup> LoracIpc::parameters() {
-  const TaskInfo& task = training_.task;
+std::vector<optim::ParameterGroup> LoracIpc::trained(const TaskInfo& task) {
+  training_ = {};
+  training_.task = task;
+  for (const nn::LoraGroup& group : lora_.groups()) {
+    const at::NoGradGuard no_grad;
+    training_.penalties.emplace_back(group.old_down.flatten(0, 1));
+    training_.unfrozen.push_back(of_group(mask_, group));
+  }
+  lora_.train(current_mask(), mask_);
   training_.head_weight = head_.weight.narrow(0, task.n_old, task.n_new).detach();
   training_.head_bias = head_.bias.narrow(0, task.n_old, task.n_new).detach();
   optim::ParameterGroup modules{.name = "lora",
@@ -140,11 +152,6 @@ void LoracIpc::initialise_head(int64_t classes, RandomSource& random) {
 }
 
 void LoracIpc::begin_module(const TaskInfo& task, RandomSource& random) {
-  for (const nn::LoraGroup& group : lora_.groups()) {
-    const at::NoGradGuard no_grad;
-    training_.penalties.emplace_back(group.old_down.flatten(0, 1));
-    training_.unfrozen.push_back(of_group(mask_, group));
-  }
   const double bound = 1.0 / std::sqrt(static_cast<double>(options_.rank));
   lora_.begin([&](int64_t type, int64_t block, const at::Tensor& old) {
     const Draw draw{"lora.down", task.index, 0, type, block};
@@ -156,7 +163,6 @@ void LoracIpc::begin_module(const TaskInfo& task, RandomSource& random) {
     const at::Tensor columns = at::cat({old, random.normal(draw, sizes, vit_.options())}, 1);
     return std::get<0>(at::linalg_qr(columns)).narrow(1, old.size(1), options_.rank);
   });
-  lora_.train(current_mask(), mask_);
 }
 
 at::Tensor LoracIpc::current_mask() const {
@@ -168,7 +174,7 @@ at::Tensor LoracIpc::current_mask() const {
 }
 
 bool LoracIpc::measures(const StepInfo& step) const {
-  if (training_.importance.empty() || step.pass > 0) {
+  if (importance_.empty() || step.pass > 0) {
     return false;
   }
   const bool all = options_.importance_average == "ema" && options_.importance_window == 0 &&
@@ -216,29 +222,30 @@ void LoracIpc::add_importance(const Probes& probes) {
     return leaf.grad().defined() ? leaf.grad() : leaf.detach();
   };
   if (!by_entry()) {
-    training_.importance[0].add(of(probes.leaves[0]).to(at::kDouble));
+    importance_[0].add(of(probes.leaves[0]).to(at::kDouble));
     return;
   }
-  for (size_t i = 0; i < training_.importance.size(); ++i) {
+  for (size_t i = 0; i < importance_.size(); ++i) {
     std::vector<at::Tensor> blocks;
     for (const at::Tensor& leaf : probes.parts[i]) {
       blocks.push_back(of(leaf));
     }
-    training_.importance[i].add(at::stack(blocks));
+    importance_[i].add(at::stack(blocks));
   }
 }
 
 at::Tensor LoracIpc::score() const {
-  if (training_.importance.empty() || !by_entry()) {
-    return training_.importance.empty() ? at::Tensor() : training_.importance[0].score();
+  if (importance_.empty() || importance_[0].mean().numel() == 0) {
+    return {};
+  }
+  if (!by_entry()) {
+    return importance_[0].score();
   }
   std::vector<at::Tensor> of_types;
-  for (const ImportanceAverage& average : training_.importance) {
-    if (const at::Tensor entries = average.score(); entries.defined()) {
-      of_types.push_back(entries.mean({2, 3}, false, at::kDouble).t());
-    }
+  for (const ImportanceAverage& average : importance_) {
+    of_types.push_back(average.score().mean({2, 3}, false, at::kDouble).t());
   }
-  return of_types.empty() ? at::Tensor() : at::cat(of_types).cpu();
+  return at::cat(of_types).cpu();
 }
 
 Losses LoracIpc::gradients(const Batch& batch, const StepInfo& step, TaskServices&) {
@@ -322,7 +329,7 @@ void LoracIpc::freeze() {
                               .of_new = options_.new_mask,
                               .rule = options_.selection});
   }
-  training_.importance.clear();
+  begin_importance();
   if (trains_norm()) {
     first_ = {};
   }
@@ -580,7 +587,11 @@ void LoracIpc::score(TestImages& images, const ScoresFn& fn) {
       seen_.set(batch.numbers, features(task, batch.images));
     });
   }
-  fn(seen_.labels(), scores_of(seen_.features(), tasks));
+  // In the order of the images, whenever they were first seen.
+  const at::Tensor places = seen_.places_of(images.numbers());
+  const at::Tensor on_device = places.to(seen_.features().device());
+  fn(seen_.labels().index_select(0, on_device),
+     scores_of(seen_.features().index_select(0, on_device), tasks.index_select(0, places)));
 }
 
 // The snapshot by which each test image seen is classified.
@@ -636,9 +647,9 @@ void LoracIpc::visit_state(const StateVisitor& visitor) {
   full_.visit_state("alignment.full.", visit);
   visit("features_before", before_);
   gaussians_.visit_state("inference.", vit_.options(), visit);
-  for (size_t i = 0; i < training_.importance.size(); ++i) {
+  for (size_t i = 0; i < importance_.size(); ++i) {
     const std::string group = by_entry() ? std::string(lora_.groups()[i].name) + "." : "";
-    training_.importance[i].visit_state("importance." + group, visit);
+    importance_[i].visit_state("importance." + group, visit);
   }
   if (changed) {
     check_state();
@@ -646,6 +657,10 @@ void LoracIpc::visit_state(const StateVisitor& visitor) {
     recent_ = {};
     seen_.clear();
   }
+}
+
+void LoracIpc::visit_test_state(const StateVisitor& visitor) {
+  seen_.visit_state("seen.", visitor);
 }
 
 // Tensors that came from outside fit each other.
@@ -665,6 +680,13 @@ void LoracIpc::check_state() const {
     expect(prefix + "old_up", group.old_up, {l, g, t * r, out});
     expect(prefix + "omega", group.omega, {l, g, t});
     expect(prefix + "bank", bank_[i], {l, g, tasks_, tasks_});
+  }
+  for (size_t i = 0; i < importance_.size(); ++i) {
+    const at::Tensor& mean = importance_[i].mean();
+    if (mean.sizes() != at::IntArrayRef({0})) {
+      const auto& entries = lora_.groups()[i].pretrained;
+      expect("importance.*", mean, by_entry() ? entries.sizes() : mask_.sizes());
+    }
   }
   NTKCL_CHECK(t <= tasks_, "state", "expected modules of at most ", tasks_, " tasks, got ", t);
   expect("mask", mask_, {lora_.types(), l});

@@ -22,24 +22,24 @@ class LoracIpc : public Method {
  public:
   LoracIpc(Options options, const nn::VisionTransformer& vit, int64_t tasks);
 
-  std::vector<optim::ParameterGroup> before_task(TaskServices& services) override;
+  void before_task(TaskServices& services) override;
+  std::vector<optim::ParameterGroup> trained(const TaskInfo& task) override;
   Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) override;
   std::vector<std::string> stages(const TaskInfo& task) const override;
   void run_stage(const std::string& stage, TaskServices& services) override;
   Scores scores(const at::Tensor& images) const override;
   void score(TestImages& images, const ScoresFn& fn) override;
   void visit_state(const StateVisitor& visitor) override;
+  void visit_test_state(const StateVisitor& visitor) override;
 
  private:
   // What holds while a task is trained.
   struct Training {
     TaskInfo task;
-    std::vector<Orthogonality> penalties;       // of each group
-    std::vector<at::Tensor> unfrozen;           // of each group, (L, g): 0 where frozen, else 1
-    std::vector<ImportanceAverage> importance;  // (types, L), or of each group's entries (L, g,
-                                                // out, in); none without IPC
-    at::Tensor head_weight, head_bias;          // of the task's classes, parts of head_
-    std::vector<at::Tensor> parameters;         // all that is trained
+    std::vector<Orthogonality> penalties;  // of each group
+    std::vector<at::Tensor> unfrozen;      // of each group, (L, g): 0 where frozen, else 1
+    at::Tensor head_weight, head_bias;     // of the task's classes, parts of head_
+    std::vector<at::Tensor> parameters;    // all that is trained
   };
   struct Snapshot {
     int64_t task = -1;
@@ -55,7 +55,7 @@ class LoracIpc : public Method {
 
   void initialise_head(int64_t classes, RandomSource& random);
   void begin_module(const TaskInfo& task, RandomSource& random);
-  std::vector<optim::ParameterGroup> parameters();
+  void begin_importance();
   at::Tensor current_mask() const;  // mu of section 2, (types, L)
   bool measures(const StepInfo& step) const;
   int64_t importance_window(const StepInfo& step) const;  // last steps of a task
@@ -113,6 +113,9 @@ class LoracIpc : public Method {
   stats::ClassGaussians full_;    // the same of full covariance
   at::Tensor before_;             // (n, C), features before training; empty without drift
   stats::ClusterGaussians gaussians_;  // for task inference: classes seen, features of snapshot 0
+  // Of the task under way: (types, L), or of each group's entries (L, g, out, in); none without
+  // IPC.
+  std::vector<ImportanceAverage> importance_;
   Training training_;
   TestFeatures seen_;
 

@@ -4,14 +4,24 @@
 
 #include <limits>
 
+#include "ntkcl/core/error.h"
+
 namespace ntkcl::methods::lorac_ipc {
-namespace {
 
-at::Tensor joined(const at::Tensor& old, const at::Tensor& more) {
-  return old.defined() ? at::cat({old, more}) : more;
+TestFeatures::TestFeatures(int64_t width, const at::TensorOptions& like)
+    : numbers_(at::zeros({0}, at::kLong)),
+      labels_(at::zeros({0}, like.dtype(at::kLong))),
+      first_(at::zeros({0, width}, like)),
+      features_(first_),
+      nearest_(labels_),
+      distance_(at::zeros({0}, like)),
+      compared_(numbers_),
+      chosen_(numbers_),
+      computed_(numbers_) {}
+
+void TestFeatures::clear() {
+  *this = TestFeatures(first_.size(1), first_.options());
 }
-
-}  // namespace
 
 std::vector<int64_t> TestFeatures::unknown(const std::vector<int64_t>& numbers) const {
   std::vector<int64_t> missing;
@@ -26,20 +36,25 @@ std::vector<int64_t> TestFeatures::unknown(const std::vector<int64_t>& numbers) 
 void TestFeatures::add(const at::Tensor& numbers, const at::Tensor& labels,
                        const at::Tensor& features, int64_t begin) {
   const int64_t count = numbers.size(0);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t number = numbers.const_data_ptr<int64_t>()[i];
-    row_of_.emplace(number, static_cast<int64_t>(numbers_.size()));
-    numbers_.push_back(number);
-  }
   const auto far = std::numeric_limits<double>::infinity();
-  labels_ = joined(labels_, labels);
-  first_ = joined(first_, features);
-  features_ = joined(features_, features.clone());  // written in place, unlike those of the first
-  nearest_ = joined(nearest_, at::full_like(labels, -1));
-  distance_ = joined(distance_, at::full({count}, far, features.options()));
-  compared_ = joined(compared_, at::zeros({count}, at::kLong));
-  chosen_ = joined(chosen_, at::full({count}, begin, at::kLong));
-  computed_ = joined(computed_, at::full({count}, begin, at::kLong));
+  const at::Tensor snapshot = at::full({count}, begin, at::kLong);
+  numbers_ = at::cat({numbers_, numbers});
+  labels_ = at::cat({labels_, labels});
+  first_ = at::cat({first_, features});
+  features_ = at::cat({features_, features});
+  nearest_ = at::cat({nearest_, at::full_like(labels, -1)});
+  distance_ = at::cat({distance_, at::full({count}, far, features.options())});
+  compared_ = at::cat({compared_, at::zeros({count}, at::kLong)});
+  chosen_ = at::cat({chosen_, snapshot});
+  computed_ = at::cat({computed_, snapshot});
+  number_rows();
+}
+
+void TestFeatures::number_rows() {
+  row_of_.clear();
+  for (int64_t row = 0; row < numbers_.size(0); ++row) {
+    row_of_.emplace(numbers_.const_data_ptr<int64_t>()[row], row);
+  }
 }
 
 void TestFeatures::update_nearest(int64_t classes, const DistanceFn& distances) {
@@ -66,9 +81,10 @@ std::map<int64_t, std::vector<int64_t>> TestFeatures::choose(const at::Tensor& s
   std::map<int64_t, std::vector<int64_t>> missing;
   const int64_t* chosen = chosen_.const_data_ptr<int64_t>();
   const int64_t* computed = computed_.const_data_ptr<int64_t>();
-  for (size_t row = 0; row < numbers_.size(); ++row) {
+  const int64_t* numbers = numbers_.const_data_ptr<int64_t>();
+  for (int64_t row = 0; row < size(); ++row) {
     if (chosen[row] != computed[row] && chosen[row] > 0) {
-      missing[chosen[row]].push_back(numbers_[row]);
+      missing[chosen[row]].push_back(numbers[row]);
     }
   }
   const at::Tensor back = chosen_.eq(0).logical_and(computed_.ne(0)).nonzero().squeeze(1);
@@ -85,11 +101,40 @@ void TestFeatures::set(const at::Tensor& numbers, const at::Tensor& features) {
 }
 
 at::Tensor TestFeatures::rows(const at::Tensor& numbers) const {
-  std::vector<int64_t> rows;
-  for (int64_t i = 0; i < numbers.size(0); ++i) {
-    rows.push_back(row_of_.at(numbers.const_data_ptr<int64_t>()[i]));
+  const int64_t* begin = numbers.const_data_ptr<int64_t>();
+  return places_of({begin, begin + numbers.size(0)});
+}
+
+at::Tensor TestFeatures::places_of(const std::vector<int64_t>& numbers) const {
+  std::vector<int64_t> places;
+  for (const int64_t number : numbers) {
+    if (const auto found = row_of_.find(number); found != row_of_.end()) {
+      places.push_back(found->second);
+    }
   }
-  return at::tensor(rows, at::kLong);
+  return at::tensor(places, at::kLong);
+}
+
+void TestFeatures::visit_state(const std::string& prefix, const StateVisitor& visitor) {
+  visitor(prefix + "numbers", numbers_);
+  visitor(prefix + "labels", labels_);
+  visitor(prefix + "first", first_);
+  visitor(prefix + "features", features_);
+  visitor(prefix + "nearest", nearest_);
+  visitor(prefix + "distance", distance_);
+  visitor(prefix + "compared", compared_);
+  visitor(prefix + "chosen", chosen_);
+  visitor(prefix + "computed", computed_);
+  const int64_t n = numbers_.numel();
+  for (const at::Tensor* column :
+       {&numbers_, &labels_, &nearest_, &distance_, &compared_, &chosen_, &computed_}) {
+    NTKCL_CHECK(column->dim() == 1 && column->size(0) == n, "state", prefix,
+                "*: expected columns of ", n, " images, got ", column->sizes());
+  }
+  NTKCL_CHECK(first_.dim() == 2 && first_.size(0) == n && first_.sizes() == features_.sizes(),
+              "state", prefix, "*: expected features of ", n, " images, got ", first_.sizes(),
+              " and ", features_.sizes());
+  number_rows();
 }
 
 at::Tensor votes(const at::Tensor& tasks, const at::Tensor& groups) {

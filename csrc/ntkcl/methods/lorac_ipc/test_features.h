@@ -8,12 +8,17 @@
 #include <unordered_map>
 #include <vector>
 
+#include "ntkcl/methods/state.h"
+
 namespace ntkcl::methods::lorac_ipc {
 
 // What need not be computed again of test images from one evaluation to the next: snapshots never
 // change once their task is over, and a class's Gaussians never (specification section 9.7).
 class TestFeatures {
  public:
+  // `like`: type and device of the features.
+  TestFeatures(int64_t width, const at::TensorOptions& like);
+
   // Those of `numbers` not known yet, in their order.
   std::vector<int64_t> unknown(const std::vector<int64_t>& numbers) const;
   // Adds images: numbers (B) and labels (B) int64, their features (B, C) of snapshot `begin`, which
@@ -34,16 +39,20 @@ class TestFeatures {
   // Sets features (B, C) of the chosen snapshot of images `numbers` (B).
   void set(const at::Tensor& numbers, const at::Tensor& features);
 
-  int64_t size() const { return labels_.defined() ? labels_.size(0) : 0; }
+  int64_t size() const { return labels_.size(0); }
+  // Places of the images that are known among `numbers`, in their order: (m) int64 on the CPU.
+  at::Tensor places_of(const std::vector<int64_t>& numbers) const;
   const at::Tensor& labels() const { return labels_; }      // (n)
   const at::Tensor& features() const { return features_; }  // (n, C), of the chosen snapshots
-  void clear() { *this = {}; }
+  void clear();
+  void visit_state(const std::string& prefix, const StateVisitor& visitor);
 
  private:
+  void number_rows();
   at::Tensor rows(const at::Tensor& numbers) const;
 
   std::unordered_map<int64_t, int64_t> row_of_;  // of each number
-  std::vector<int64_t> numbers_;                 // of each row
+  at::Tensor numbers_;                           // (n) int64 on the CPU
   at::Tensor labels_, first_, features_;
   at::Tensor nearest_, distance_;  // (n), on the features' device
   at::Tensor compared_;            // (n) int64: classes that an image was compared with

@@ -204,7 +204,7 @@ at::Tensor NtkCl::all_features(const std::string& activity, TaskServices& servic
 
 // ---- Training ----
 
-std::vector<at::Tensor> NtkCl::trained() const {
+std::vector<at::Tensor> NtkCl::peft_parameters() const {
   std::vector<at::Tensor> all;
   if (uses_channel()) {
     append(all, current_.channel.tensors());
@@ -242,9 +242,8 @@ std::vector<std::pair<std::string, at::Tensor>> NtkCl::copied_weights() const {
   return weights;
 }
 
-std::vector<optim::ParameterGroup> NtkCl::before_task(TaskServices& services) {
+void NtkCl::before_task(TaskServices& services) {
   const TaskInfo& task = services.task();
-  constants_ = {task, {}, {}};
   before_ = at::zeros({0, prototypes_.size(1)}, vit_.options());
   const int64_t width = sections() * vit_.width();
   head_weight_ =
@@ -253,18 +252,24 @@ std::vector<optim::ParameterGroup> NtkCl::before_task(TaskServices& services) {
   head_sigma_ = at::full({1}, options_.head_sigma_init, vit_.options());
   if (fuses()) {
     constants_.previous = copied_weights();
-    constants_.orth = orth_constant();
   }
   // With K > 1 the features move even without training: another frozen list is written.
   const bool moves = trains(task) || options_.frozen_lists > 1;
   if (!task.first() && (options_.drift_compensation || options_.drift != "off") && moves) {
     before_ = all_features("features before training", services);
   }
+}
+
+std::vector<optim::ParameterGroup> NtkCl::trained(const TaskInfo& task) {
+  constants_.info = task;
   if (!trains(task)) {
     return {};
   }
+  if (fuses()) {
+    constants_.orth = orth_constant();
+  }
   const double scale = task.first() ? 1.0 : options_.later_lr_factor;
-  std::vector<at::Tensor> decaying = trained();
+  std::vector<at::Tensor> decaying = peft_parameters();
   decaying.push_back(head_weight_);
   std::vector<optim::ParameterGroup> groups{
       {.name = "peft", .parameters = std::move(decaying), .learning_rate_scale = scale},

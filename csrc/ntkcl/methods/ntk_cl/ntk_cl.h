@@ -37,7 +37,8 @@ class NtkCl : public Method {
     return task.first() || !options_.first_task_only;
   }
   // Groups "peft" (channel list, patch list, fusion, head weight) and "head.sigma".
-  std::vector<optim::ParameterGroup> before_task(TaskServices& services) override;
+  void before_task(TaskServices& services) override;
+  std::vector<optim::ParameterGroup> trained(const TaskInfo& task) override;
   Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) override;
   std::vector<std::string> stages(const TaskInfo& task) const override;
   void run_stage(const std::string& stage, TaskServices& services) override;
@@ -74,7 +75,7 @@ class NtkCl : public Method {
   // The feature that is scored: F_m, or that of the single mode.
   const at::Tensor& scored(const Features& features) const;
 
-  std::vector<at::Tensor> trained() const;
+  std::vector<at::Tensor> peft_parameters() const;
   std::vector<std::pair<std::string, at::Tensor>> regularised() const;
   std::vector<std::pair<std::string, at::Tensor>> copied_weights() const;
   at::Tensor orth_constant() const;

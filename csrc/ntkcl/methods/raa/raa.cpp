@@ -81,11 +81,8 @@ Scores Raa::scores(const at::Tensor& images) const {
 
 // ---- Training ----
 
-std::vector<optim::ParameterGroup> Raa::before_task(TaskServices& services) {
+void Raa::before_task(TaskServices& services) {
   const TaskInfo& task = services.task();
-  training_ = {};
-  training_.task = task;
-  shared_ = {};
   NTKCL_CHECK(!options_.alignment.on || gaussians_.classes() == task.n_old, "state",
               "gaussians.*: expected the ", task.n_old, " classes learned before, got ",
               gaussians_.classes());
@@ -99,6 +96,12 @@ std::vector<optim::ParameterGroup> Raa::before_task(TaskServices& services) {
   if (!task.first() && drifts()) {
     before_ = drift_features("before", services);
   }
+}
+
+std::vector<optim::ParameterGroup> Raa::trained(const TaskInfo& task) {
+  training_ = {};
+  training_.task = task;
+  shared_ = {};
   // From the second task on the merged branch is frozen (section 2.4).
   training_.frozen = !task.first() && options_.n_adapters > 1 ? 1 : 0;
   training_.branches =
@@ -283,9 +286,9 @@ at::Tensor Raa::drift_features(const std::string& when, TaskServices& services) 
   if (options_.drift == "paired") {
     services.for_each_image(activity, add);
   } else {
-    services.for_each_augmented(activity, {"drift." + when, training_.task.index}, add);
+    services.for_each_augmented(activity, {"drift." + when, services.task().index}, add);
   }
-  return gathered(parts, training_.task);
+  return gathered(parts, services.task());
 }
 
 void Raa::gather_statistics(TaskServices& services) {

@@ -28,7 +28,8 @@ class Raa : public Method {
   Raa(Options options, const nn::VisionTransformer& vit, RandomSource& random);
 
   // Groups "adapters" (branches that train) and "head" (a block of weights for each task).
-  std::vector<optim::ParameterGroup> before_task(TaskServices& services) override;
+  void before_task(TaskServices& services) override;
+  std::vector<optim::ParameterGroup> trained(const TaskInfo& task) override;
   Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) override;
   std::vector<std::string> stages(const TaskInfo& task) const override;
   void run_stage(const std::string& stage, TaskServices& services) override;

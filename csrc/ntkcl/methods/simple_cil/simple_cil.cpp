@@ -12,10 +12,6 @@ namespace ntkcl::methods {
 SimpleCil::SimpleCil(const nn::VisionTransformer& vit)
     : vit_(vit), prototypes_(at::zeros({0, vit.width()}, vit.options())) {}
 
-std::vector<optim::ParameterGroup> SimpleCil::before_task(TaskServices&) {
-  return {};
-}
-
 Losses SimpleCil::gradients(const Batch&, const StepInfo&, TaskServices&) {
   NTKCL_ASSERT(false);  // nothing is trained
   return {};

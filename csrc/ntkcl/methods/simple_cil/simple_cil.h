@@ -12,7 +12,6 @@ class SimpleCil : public Method {
   explicit SimpleCil(const nn::VisionTransformer& vit);
 
   bool trains(const TaskInfo&) const override { return false; }
-  std::vector<optim::ParameterGroup> before_task(TaskServices& services) override;
   Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) override;
   std::vector<std::string> stages(const TaskInfo& task) const override;
   void run_stage(const std::string& stage, TaskServices& services) override;

@@ -1,0 +1,58 @@
+#include "ntkcl/methods/state.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include "ntkcl/core/error.h"
+
+namespace ntkcl::methods {
+namespace {
+
+// What is there and what is given fit each other.
+void check(const State& known, const State& given, const LoadOptions& options) {
+  for (const auto& [name, tensor] : given) {
+    const auto found = known.find(name);
+    NTKCL_CHECK(found != known.end(), "state", "unknown tensor '", name, "'");
+    NTKCL_CHECK(!options.same_sizes || found->second.sizes() == tensor.sizes(), "state", name,
+                ": expected ", found->second.sizes(), ", got ", tensor.sizes());
+    const bool real = found->second.is_floating_point();
+    NTKCL_CHECK(tensor.is_floating_point() == real && !tensor.is_complex(), "state", name,
+                ": expected ", real ? "floating point numbers" : "integers", ", got ",
+                tensor.toString());
+  }
+  for (const auto& [name, tensor] : known) {
+    NTKCL_CHECK(!options.whole || given.count(name), "state", "expected a tensor '", name,
+                "', but it is missing");
+  }
+}
+
+}  // namespace
+
+State copy_state(const VisitFn& visit) {
+  State state;
+  visit([&](const std::string& name, at::Tensor& tensor) {
+    state[name] = tensor.detach().clone(at::MemoryFormat::Contiguous);
+  });
+  return state;
+}
+
+void load_state(const VisitFn& visit, const State& state, const LoadOptions& options) {
+  State known;
+  visit([&](const std::string& name, at::Tensor& tensor) { known[name] = tensor; });
+  check(known, state, options);
+  const at::NoGradGuard no_grad;
+  visit([&](const std::string& name, at::Tensor& tensor) {
+    const auto found = state.find(name);
+    if (found == state.end()) {
+      return;
+    }
+    const at::Tensor& value = found->second;
+    if (tensor.sizes() == value.sizes()) {
+      tensor.copy_(value);
+    } else {
+      tensor = value.to(tensor.options(), /*non_blocking=*/false, /*copy=*/true);
+    }
+  });
+}
+
+}  // namespace ntkcl::methods

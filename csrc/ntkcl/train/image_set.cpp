@@ -1,0 +1,146 @@
+#include "ntkcl/train/image_set.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "ntkcl/core/error.h"
+
+namespace ntkcl::train {
+namespace {
+
+std::vector<int64_t> inverse_order(const std::vector<int64_t>& order) {
+  const auto n = static_cast<int64_t>(order.size());
+  NTKCL_CHECK(n > 0, "class_order", "expected at least one class, got none");
+  std::vector<int64_t> inverse(order.size(), -1);
+  for (int64_t k = 0; k < n; ++k) {
+    const int64_t c = order[static_cast<size_t>(k)];
+    NTKCL_CHECK(c >= 0 && c < n && inverse[static_cast<size_t>(c)] < 0, "class_order",
+                "expected a permutation of 0 .. ", n - 1, ", got ", c, " at place ", k);
+    inverse[static_cast<size_t>(c)] = k;
+  }
+  return inverse;
+}
+
+std::vector<std::vector<int64_t>> by_class(const data::ImageStore& store,
+                                           const std::vector<int64_t>& class_number) {
+  std::vector<std::vector<int64_t>> images(class_number.size());
+  const std::vector<int64_t>& labels = store.labels();
+  for (size_t i = 0; i < labels.size(); ++i) {
+    NTKCL_CHECK(labels[i] >= 0 && labels[i] < static_cast<int64_t>(class_number.size()), "data",
+                "label of ", store.name(static_cast<int64_t>(i)), ": expected 0 .. ",
+                class_number.size() - 1, ", got ", labels[i]);
+    const auto number = static_cast<size_t>(class_number[static_cast<size_t>(labels[i])]);
+    images[number].push_back(static_cast<int64_t>(i));
+  }
+  return images;
+}
+
+void check_classes(const std::vector<std::vector<int64_t>>& images,
+                   const std::vector<int64_t>& class_order, const char* kind) {
+  for (size_t c = 0; c < images.size(); ++c) {
+    NTKCL_CHECK(!images[c].empty(), "data", "class ", class_order[c], ": expected at least one ",
+                kind, " image, got none");
+  }
+}
+
+// Takes a share of each class's images out. Keyed by the data set's class, not by the seed: every
+// seed holds out the same images.
+std::vector<std::vector<int64_t>> hold_out(std::vector<std::vector<int64_t>>& images,
+                                           const std::vector<int64_t>& class_order, double share) {
+  std::vector<std::vector<int64_t>> held_out;
+  for (size_t c = 0; c < images.size(); ++c) {
+    const auto n = static_cast<int64_t>(images[c].size());
+    const auto held = static_cast<int64_t>(std::llround(static_cast<double>(n) * share));
+    NTKCL_CHECK(held > 0 && held < n, "validation_fraction",
+                "expected to leave and to hold out at ", "least one image of each class, got ",
+                held, " of ", n, " held out");
+    const at::Tensor order =
+        methods::RandomSource(0).permutation({"validation", class_order[c]}, n);
+    const int64_t* place = order.const_data_ptr<int64_t>();
+    std::vector<int64_t> kept, out;
+    for (int64_t i = 0; i < n; ++i) {
+      (i < held ? out : kept).push_back(images[c][static_cast<size_t>(place[i])]);
+    }
+    std::sort(kept.begin(), kept.end());
+    std::sort(out.begin(), out.end());
+    images[c] = std::move(kept);
+    held_out.push_back(std::move(out));
+  }
+  return held_out;
+}
+
+at::Tensor channel_constant(const std::vector<double>& values, const char* key,
+                            const at::TensorOptions& options) {
+  NTKCL_CHECK(values.size() == 3, "normalize", "'", key, "': expected 3 numbers, got ",
+              values.size());
+  return at::tensor(values, at::kDouble).view({1, 3, 1, 1}).to(options);
+}
+
+}  // namespace
+
+std::pair<ImageSet, ImageSet> ImageSet::of_run(const RunData& data, double validation_fraction,
+                                               const at::TensorOptions& like) {
+  const std::vector<int64_t> class_number = inverse_order(data.class_order);
+  ByClass train = by_class(*data.train, class_number), test = by_class(*data.test, class_number);
+  check_classes(train, data.class_order, "training");
+  check_classes(test, data.class_order, "test");
+  std::shared_ptr<data::ImageStore> test_store = data.test;
+  if (validation_fraction > 0) {
+    test = hold_out(train, data.class_order, validation_fraction);
+    test_store = data.train;
+  }
+  return {ImageSet(data.train, std::move(train), data, like),
+          ImageSet(std::move(test_store), std::move(test), data, like)};
+}
+
+ImageSet::ImageSet(std::shared_ptr<data::ImageStore> store, ByClass images, const RunData& data,
+                   const at::TensorOptions& like)
+    : store_(std::move(store)),
+      images_(std::move(images)),
+      class_number_(inverse_order(data.class_order)),
+      mean_(channel_constant(data.mean, "mean", like)),
+      std_(channel_constant(data.std, "std", like)) {
+  NTKCL_CHECK(std_.gt(0).all().item<bool>(), "normalize", "'std': expected positive numbers");
+  data::LoaderOptions options = data.loader;
+  options.pin_memory = like.device().is_cuda();
+  loader_ = std::make_unique<data::Loader>(store_, data::Transform(data.transform), options);
+}
+
+std::vector<int64_t> ImageSet::of_classes(int64_t first, int64_t count) const {
+  std::vector<int64_t> images;
+  for (int64_t c = first; c < first + count; ++c) {
+    const auto& of_class = images_[static_cast<size_t>(c)];
+    images.insert(images.end(), of_class.begin(), of_class.end());
+  }
+  std::sort(images.begin(), images.end());
+  return images;
+}
+
+void ImageSet::start(data::View view, std::vector<int64_t> images, int64_t batch_size,
+                     uint64_t key) {
+  loader_->start(view, std::move(images), batch_size, key);
+}
+
+bool ImageSet::next(methods::Batch& batch) {
+  data::LoadedBatch loaded;
+  if (!loader_->next(loaded)) {
+    return false;
+  }
+  const int64_t n = loaded.indices.size(0);
+  at::Tensor labels = at::empty({n}, at::kLong);
+  int64_t* out = labels.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i) {
+    const auto image = static_cast<size_t>(loaded.indices.const_data_ptr<int64_t>()[i]);
+    out[i] = class_number_[static_cast<size_t>(store_->labels()[image])];
+  }
+  batch = {normalised(loaded.images), labels.to(mean_.device()), loaded.indices};
+  return true;
+}
+
+at::Tensor ImageSet::normalised(const at::Tensor& images) const {
+  return images.to(mean_.device()).to(mean_.options()).div_(255).sub_(mean_).div_(std_);
+}
+
+}  // namespace ntkcl::train

@@ -1,0 +1,375 @@
+"""A run that was stopped or killed goes on and ends as if nothing had happened, to the bit; what is
+not whole is seen and never used."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ntkcl
+from ntkcl import checkpoints, runfolder
+from ntkcl.checkpoints import Checkpoints
+from run_comparison import differences
+from test_training import dataset, train
+
+CASES: dict[str, dict[str, Any]] = {
+    "simple-cil": {"method": "simple-cil"},
+    "ntk-cl": {"method": "ntk-cl", "ntk_cl": {"mode": "both", "frozen_lists": 2}},
+    "ntk-cl adamw": {"method": "ntk-cl", "optimizer": "adamw", "precision": "float64"},
+    "ntk-cl release": {"method": "ntk-cl", "variant": "release"},
+    "ntk-cl drift alignment": {
+        "method": "ntk-cl",
+        "ntk_cl": {"drift": "paired", "alignment": True},
+    },
+    "lorac-ipc": {"method": "lorac-ipc"},
+    "lorac-ipc entries": {
+        "method": "lorac-ipc",
+        "lorac_ipc": {
+            "importance_of": "entry",
+            "importance_average": "epoch",
+            "alignment_covariance": "full",
+            "drift": "paired",
+        },
+    },
+    "lorac-ipc release": {
+        "method": "lorac-ipc",
+        "variant": "release",
+        "lorac_ipc": {"small_clusters": "shrink"},
+    },
+    "raa": {"method": "raa", "initial_epochs": 2},
+    "raa release": {"method": "raa", "variant": "release", "initial_epochs": 2},
+    "held out, few read": {"method": "raa", "validation_fraction": 0.25, "initial_epochs": 1},
+}
+KEYS = {"epochs": 2, "transform": "inception", "initial_learning_rate": 0.01}
+
+
+class Stops:
+    """Asks a run to stop when it has asked for the n-th time."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, _: object) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, questions: int) -> None:
+    stops = Stops(questions)
+    monkeypatch.setattr(ntkcl.api._StopSignal, "__call__", lambda self: stops(self))
+
+
+def resume(output: Path, **keywords: Any) -> ntkcl.Result:
+    return ntkcl.resume(output, dataset=dataset(), **keywords)
+
+
+def stopped(output: Path, monkeypatch: pytest.MonkeyPatch, after: int = 7, **keywords: Any) -> Path:
+    """A run that was stopped in its first task."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, after)
+        with pytest.raises(KeyboardInterrupt):
+            train(output, **(KEYS | {"method": "ntk-cl", "checkpoint_steps": 1} | keywords))
+    return output
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_is_stopped_everywhere_ends_like_one_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    # Protects: everything that a step or a stage reads is in the checkpoint.
+    keywords = KEYS | CASES[case]
+    whole = train(tmp_path / "whole", **keywords)
+    output, stops = tmp_path / "stopped", 0
+    for questions in itertools.cycle((3, 11, 19, 5, 31)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, questions + stops)
+            try:
+                train(output, resume=True, **keywords)
+                break
+            except KeyboardInterrupt:
+                stops += 1
+    assert stops >= 2 or case == "simple-cil"
+    assert differences(whole.output, output) == []
+
+
+def test_a_finished_run_gives_its_result_again(tmp_path: Path) -> None:
+    first = train(tmp_path / "run", **KEYS)
+    log = (tmp_path / "run" / "events.jsonl").read_bytes()
+    again = resume(tmp_path / "run")
+    np.testing.assert_array_equal(again.accuracy_matrix, first.accuracy_matrix)
+    assert (tmp_path / "run" / "events.jsonl").read_bytes() == log
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped(tmp_path / "run", monkeypatch)
+    names = sorted(path.name for path in (run / "checkpoint").iterdir())
+    assert len(names) == 4
+    assert {name[:6] for name in names} == {names[0][:6], names[-1][:6]}
+    assert int(names[-1][:6]) - int(names[0][:6]) == 1
+
+
+def test_without_checkpoints_in_a_task_there_is_one_after_its_training_and_one_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[dict[str, Any]] = []
+    monkeypatch.setattr(Checkpoints, "save", lambda self, c, n: saved.append(c["progress"]))
+    train(tmp_path / "run", **KEYS, checkpoint_minutes=0)
+    assert [(p["task"], p["begun"]) for p in saved] == [
+        (task + after, not after) for task in range(3) for after in (0, 1)
+    ]
+
+
+# ---- what is not whole ---------------------------------------------------------------------------
+
+
+def latest(run: Path, kind: str) -> Path:
+    return max((run / "checkpoint").glob(f"*.{kind}"))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def change_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def change_the_step(path: Path) -> None:
+    manifest = json.loads(path.read_text())
+    manifest["progress"]["step"] += 1
+    path.write_text(json.dumps(manifest))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        ("safetensors", truncate),
+        ("safetensors", change_a_byte),
+        ("safetensors", Path.unlink),
+        ("json", truncate),
+        ("json", change_the_step),
+        ("json", empty),
+    ],
+)
+def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_used(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    damage: Any,
+) -> None:
+    whole = train(tmp_path / "whole", **KEYS, method="ntk-cl", checkpoint_steps=1)
+    run = stopped(tmp_path / "run", monkeypatch)
+    path = latest(run, kind)
+    damage(path)
+    with caplog.at_level(logging.WARNING):
+        resume(run)
+    assert "the one before is used" in caplog.text
+    assert path.name in caplog.text
+    assert differences(whole.output, run) == []
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped(tmp_path / "run", monkeypatch)
+    for path in (run / "checkpoint").glob("*.safetensors"):
+        truncate(path)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"\[checkpoint\] none is whole: .*checksum.*checksum"):
+        resume(run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_another_versions_checkpoint_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped(tmp_path / "run", monkeypatch)
+    path = latest(run, "json")
+    manifest = json.loads(path.read_text()) | {"format": 99, "ntkcl": "7.0.0"}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"got 99, written by ntkcl 7\.0\.0: finish the run with"):
+        resume(run)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"step": 1000}, r"expected a place among the 4 steps of task 0, got step 1000"),
+        ({"epoch": -1}, r"expected a place among"),
+        ({"task": 9}, r"'task': expected 0 \.\. 3, got 9"),
+        ({"task": 1}, r"missing|unknown"),
+        ({"step": "one"}, r"'step': expected another kind of value"),
+        ({"begun": False, "step": 0}, r"no state of an optimiser"),
+    ],
+)
+def test_a_checkpoint_that_lies_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: dict[str, Any], message: str
+) -> None:
+    # Protects: checksums that fit do not make a checkpoint one of this run.
+    run = stopped(tmp_path / "run", monkeypatch)
+    path = latest(run, "json")
+    manifest = checkpoints._Manifest.model_validate(json.loads(path.read_text()))
+    manifest.progress.update(edit)
+    path.write_bytes(manifest.sealed())
+    with pytest.raises(ValueError, match=message):
+        resume(run)
+
+
+def test_what_a_killed_process_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tmp_path / "whole", **KEYS, method="ntk-cl", checkpoint_steps=1)
+    run = stopped(tmp_path / "run", monkeypatch)
+    for name in (".result.json.77.tmp", "checkpoint/.000009.json.77.tmp"):
+        (run / name).write_bytes(b"half")
+    (run / "checkpoint" / "000009.safetensors").write_bytes(b"tensors without a JSON file")
+    with (run / "events.jsonl").open("ab") as log:
+        log.write(b'{"event": "step", "task"')
+    resume(run)
+    assert differences(whole.output, run) == []
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tmp_path / "whole", **KEYS, method="ntk-cl", checkpoint_steps=1)
+    run = stopped(tmp_path / "run", monkeypatch)
+    for path in (run / "checkpoint").iterdir():
+        path.unlink()
+    resume(run)
+    assert differences(whole.output, run) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    # Protects: a full disk or a folder that became read-only costs no more than what was not saved.
+    keywords = {**KEYS, "method": "ntk-cl", "checkpoint_steps": 1}
+    whole = train(tmp_path / "whole", **keywords)
+    written = 0
+
+    def write(path: Path, content: bytes) -> None:
+        nonlocal written
+        written += 1
+        if written > 5:
+            raise OSError(code, os.strerror(code), str(path))
+        runfolder.write_atomically(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_atomically", write)
+        with pytest.raises(OSError, match=os.strerror(code)) as error:
+            train(tmp_path / "run", **keywords)
+    assert "`ntkcl resume " in " ".join(error.value.__notes__)
+    resume(tmp_path / "run")
+    assert differences(whole.output, tmp_path / "run") == []
+
+
+# ---- what does not fit ---------------------------------------------------------------------------
+
+
+def test_other_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped(tmp_path / "run", monkeypatch)
+    with pytest.raises(ValueError, match=r"\[resume\] expected the images that the run was begun"):
+        ntkcl.resume(run, dataset=dataset(train=9))
+
+
+def test_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped(tmp_path / "run", monkeypatch)
+    with pytest.raises(
+        ValueError, match=r"\[resume\] 'epochs': expected 2, as the run in .* got 3"
+    ):
+        train(run, **(KEYS | {"epochs": 3}), method="ntk-cl", resume=True)
+
+
+def test_a_run_that_another_process_writes_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped(tmp_path / "run", monkeypatch)
+    lock = os.open(run, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="is in use: another process runs there"):
+        resume(run)
+    os.close(lock)
+    resume(run)
+
+
+def test_a_folder_without_a_run_is_not_resumed(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"got no config\.toml in"):
+        ntkcl.resume(tmp_path)
+    with pytest.raises(ValueError, match="expected an 'output' to go on with, got none"):
+        ntkcl.train(resume=True)
+
+
+# ---- signals and the command line ----------------------------------------------------------------
+
+
+def command(*words: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ntkcl", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_with_a_checkpoint_and_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "run"
+    process = command("train", "--output", output, "--epochs", "50", "--threads", "1")
+    log = output / "events.jsonl"
+    while process.poll() is None and not (log.exists() and b'"step"' in log.read_bytes()):
+        signal.sigtimedwait([], 0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.rstrip().endswith(f"go on with `ntkcl resume {output}`")
+    progress = json.loads(latest(output, "json").read_text())["progress"]
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    assert progress["step"] == 1 + max(event.get("step", -1) for event in steps)
+
+
+def test_the_command_goes_on(tmp_path: Path) -> None:
+    words = ["--train-per-class", "8", "--test-per-class", "4", "--epochs", "1"]
+    first = command("train", "--output", tmp_path / "run", "--resume", *words)
+    assert first.wait(60) == 0
+    again = command("resume", tmp_path / "run")
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 0
+    assert "final accuracy" in output
+    wrong = command("resume", tmp_path / "nothing")
+    _, errors = wrong.communicate(timeout=60)
+    assert wrong.returncode == 2
+    assert "got no config.toml" in errors
+
+
+def test_killed_runs_end_as_if_nothing_had_been() -> None:
+    kills = os.environ.get("NTKCL_KILLS", "3")
+    harness = Path(__file__).with_name("kill_harness.py")
+    done = subprocess.run(
+        [sys.executable, harness, "--kills", kills], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{kills} kills" in done.stdout
