@@ -63,10 +63,14 @@ class MethodSession : private methods::TaskServices {
              .count = info_.count,
              .n_old = n_old,
              .n_new = n_new,
-             .initial_classes = index == 0 ? n_new : increment,
              .increment = increment,
              .batch_size = batch_size,
-             .class_ids = std::move(class_ids)};
+             .class_ids = std::move(class_ids),
+             .sizes = std::vector<int64_t>(static_cast<size_t>(index) + 1, increment)};
+    info_.sizes.back() = n_new;
+    if (index > 0) {
+      info_.sizes.front() = n_old - (index - 1) * increment;
+    }
     steps_ = steps;
     images_ = to_device(images, labels);
     step_ = 0;

@@ -29,6 +29,8 @@ void init_metrics(py::module_& m) {
       .def_property_readonly("count", &Evaluation::count, "Images added.")
       .def_property_readonly("labels", &Evaluation::labels, "(count), int64.")
       .def_property_readonly("predictions", &Evaluation::predictions, "(count), int64.")
+      .def_property_readonly("confidences", &Evaluation::confidences,
+                             "(count), float32: softmax of the scores at the prediction.")
       .def_property_readonly("top1", &Evaluation::top1, "A_t.")
       .def_property_readonly("top5", &Evaluation::top5, "NaN with 5 seen classes or fewer.")
       .def_property_readonly("per_task", &Evaluation::per_task, "Top-1 on each seen task.")

@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "ntkcl/core/error.h"
+#include "ntkcl/train/predictor.h"
 #include "ntkcl/train/trainer.h"
 
 namespace ntkcl::bindings {
@@ -49,8 +50,18 @@ py::dict result_dict(const train::RunResult& result, train::Trainer& trainer) {
   for (size_t t = 0; t < result.evaluations.size(); ++t) {
     const stats::Evaluation& e = result.evaluations[t];
     evaluations.append(evaluation_dict(e, t));
-    predictions.append(py::make_tuple(e.labels(), e.predictions()));
+    py::dict of_images;
+    of_images["labels"] = e.labels();
+    of_images["records"] = e.records();
+    of_images["confidences"] = e.confidences();
+    predictions.append(of_images);
   }
+  std::vector<int64_t> sizes;
+  const std::vector<int64_t>& first = result.evaluations.back().first_class();
+  for (size_t t = 0; t + 1 < first.size(); ++t) {
+    sizes.push_back(first[t + 1] - first[t]);
+  }
+  dict["task_sizes"] = sizes;
   dict["evaluations"] = evaluations;
   dict["predictions"] = predictions;
   dict["seconds"] = result.seconds;
@@ -60,6 +71,7 @@ py::dict result_dict(const train::RunResult& result, train::Trainer& trainer) {
           ? static_cast<double>(result.training_images) / result.training_seconds
           : 0.0;
   dict["trainable_parameters"] = result.trainable_parameters;
+  dict["stored_parameters"] = result.stored_parameters;
   dict["skipped_images"] = result.skipped_images;
   dict["state"] = methods::copy_state(visit_of(trainer.method()));
   return dict;
@@ -76,6 +88,10 @@ std::unique_ptr<train::Trainer> make_trainer(
   data.train = dataset["train"].cast<std::shared_ptr<data::ImageStore>>();
   data.test = dataset["test"].cast<std::shared_ptr<data::ImageStore>>();
   data.class_order = dataset["class_order"].cast<std::vector<int64_t>>();
+  if (dataset.contains("task_sizes")) {
+    data.task_sizes = dataset["task_sizes"].cast<std::vector<int64_t>>();
+    data.finished_classes = dataset["finished_classes"].cast<int64_t>();
+  }
   data.mean = mean;
   data.std = std;
   apply(option_map(transform, "transform"), data.transform, "transform");
@@ -150,6 +166,22 @@ py::dict run(train::Trainer& trainer, const std::optional<py::function>& on_even
   return result_dict(result, trainer);
 }
 
+std::unique_ptr<train::Predictor> make_predictor(
+    const std::string& method, const py::dict& method_options, const py::dict& train_options,
+    const nn::VisionTransformer& backbone, int64_t tasks, const py::dict& transform,
+    const py::dict& loader, const std::vector<double>& mean, const std::vector<double>& std,
+    const methods::State& state) {
+  train::TrainOptions options;
+  apply(option_map(train_options, "train"), options, "train");
+  train::Predictor::Input input{.transform = {}, .loader = {}, .mean = mean, .std = std};
+  apply(option_map(transform, "transform"), input.transform, "transform");
+  apply(option_map(loader, "loader"), input.loader, "loader");
+  const OptionMap values = option_map(method_options, methods::find_method(method).section);
+  const py::gil_scoped_release release;
+  return std::make_unique<train::Predictor>(method, values, options, backbone, tasks,
+                                            std::move(input), state);
+}
+
 py::dict describe_options() {
   py::dict all;
   all["train"] = option_infos(describe<train::TrainOptions>());
@@ -176,10 +208,30 @@ py::dict describe_options() {
 
 void init_train(py::module_& m) {
   m.def("describe_options", &describe_options, "Every option: key, type, default, allowed, doc.");
+  py::class_<train::Predictor>(m, "Predictor", "A trained method outside its run.")
+      .def(py::init(&make_predictor), py::arg("method"), py::arg("method_options"),
+           py::arg("train_options"), py::arg("backbone"), py::arg("tasks"), py::arg("transform"),
+           py::arg("loader"), py::arg("mean"), py::arg("std"), py::arg("state"))
+      .def(
+          "scores",
+          [](const train::Predictor& p, std::shared_ptr<data::ImageStore> images) {
+            methods::Scores scores;
+            {
+              const py::gil_scoped_release release;
+              scores = p.scores(std::move(images));
+            }
+            return std::pair(scores.classes, scores.task.defined() ? std::make_optional(scores.task)
+                                                                   : std::nullopt);
+          },
+          py::arg("images"), "Scores (n, classes) and, of some methods, tasks inferred (n).")
+      .def("features", &train::Predictor::features, py::arg("images"),
+           py::call_guard<py::gil_scoped_release>(), "(n, D), by the last task's weights.");
   py::class_<train::Trainer>(m, "Trainer", "The task loop of one run.")
       .def(py::init(&make_trainer), py::arg("method"), py::arg("method_options"),
            py::arg("train_options"), py::arg("backbone"), py::arg("dataset"), py::arg("transform"),
            py::arg("loader"), py::arg("mean"), py::arg("std"), py::arg("draws") = py::none())
+      .def("begin_after", &train::Trainer::begin_after, py::arg("tasks"), py::arg("learned"),
+           "Begins after tasks that were learned elsewhere.")
       .def("run", &run, py::arg("on_event") = py::none(), py::arg("should_stop") = py::none(),
            py::arg("on_checkpoint") = py::none(), py::arg("checkpoint") = py::none())
       .def(

@@ -25,6 +25,7 @@ __all__: list[str] = [
     "Optimizer",
     "Orthogonality",
     "ParameterGroup",
+    "Predictor",
     "Summary",
     "Trainer",
     "Transform",
@@ -398,6 +399,11 @@ class Evaluation:
         A batch: int64 labels (b), scores (b, n_seen or more), tasks inferred (b).
         """
     @property
+    def confidences(self) -> torch.Tensor:
+        """
+        (count), float32: softmax of the scores at the prediction.
+        """
+    @property
     def count(self) -> int:
         """
         Images added.
@@ -516,6 +522,32 @@ class ClassMeans:
         Images of each class.
         """
 
+class Predictor:
+    """
+    A trained method outside its run.
+    """
+    def __init__(
+        self,
+        method: str,
+        method_options: dict,
+        train_options: dict,
+        backbone: VisionTransformer,
+        tasks: typing.SupportsInt | typing.SupportsIndex,
+        transform: dict,
+        loader: dict,
+        mean: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+        std: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+        state: collections.abc.Mapping[str, torch.Tensor],
+    ) -> None: ...
+    def features(self, images: ImageStore) -> torch.Tensor:
+        """
+        (n, D), by the last task's weights.
+        """
+    def scores(self, images: ImageStore) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Scores (n, classes) and, of some methods, tasks inferred (n).
+        """
+
 class Trainer:
     """
     The task loop of one run.
@@ -533,6 +565,14 @@ class Trainer:
         std: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
         draws: collections.abc.Callable | None = None,
     ) -> None: ...
+    def begin_after(
+        self,
+        tasks: typing.SupportsInt | typing.SupportsIndex,
+        learned: collections.abc.Mapping[str, torch.Tensor],
+    ) -> None:
+        """
+        Begins after tasks that were learned elsewhere.
+        """
     def load_state(
         self, state: collections.abc.Mapping[str, torch.Tensor], partial: bool = False
     ) -> None:

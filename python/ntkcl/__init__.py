@@ -10,6 +10,7 @@ from ntkcl import _C as _C
 from ntkcl.api import info, list_datasets, list_methods, resume, train
 from ntkcl.backbones import list_backbones
 from ntkcl.config import Config
+from ntkcl.model import Model, Predictions, evaluate, load
 from ntkcl.presets import list_presets
 from ntkcl.result import Evaluation, Result, load_result
 
@@ -17,12 +18,16 @@ __version__: str = _C.__version__
 __all__ = [
     "Config",
     "Evaluation",
+    "Model",
+    "Predictions",
     "Result",
+    "evaluate",
     "info",
     "list_backbones",
     "list_datasets",
     "list_methods",
     "list_presets",
+    "load",
     "load_result",
     "resume",
     "train",

@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import platform
+import resource
 import signal
 import subprocess
 import threading
@@ -19,11 +20,10 @@ import numpy as np
 import torch
 
 from ntkcl import _C
-from ntkcl import backbones as _backbones
 from ntkcl import config as _config
 from ntkcl.backbones import Weights, backbone_info, load_backbone
 from ntkcl.checkpoints import Checkpoint
-from ntkcl.config import ARRAYS, Config, Normalization, cautions, resolve
+from ntkcl.config import ARRAYS, Config, cautions, resolve
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
 from ntkcl.progress import make_progress
 from ntkcl.result import Result, load_result, result_of
@@ -224,6 +224,7 @@ def _run(
             raw = trainer.run(
                 on_event, stop, folder.save, checkpoint.for_core() if checkpoint else None
             )
+            raw["peak_memory"] = _peak_memory()
             result = result_of(raw, folder.path, config)
             folder.finish(result, raw)
         return result
@@ -239,7 +240,6 @@ def _make_trainer(
     config: Config, dataset: Dataset, weights: Weights, class_order: list[int]
 ) -> _C.Trainer:
     backbone = backbone_info(config.backbone)
-    mean, std = _mean_std(config, backbone)
     transformer = _C.VisionTransformer(weights.tensors, backbone.heads, config.image_size)
     return _C.Trainer(
         config.method,
@@ -253,17 +253,8 @@ def _make_trainer(
         },
         config.transform_options(),
         config.loader_options(),
-        mean,
-        std,
+        *config.mean_std(),
     )
-
-
-def _mean_std(config: Config, backbone: _backbones.Backbone) -> tuple[list[float], list[float]]:
-    if isinstance(config.normalize, Normalization):
-        return config.normalize.mean, config.normalize.std
-    if config.normalize == "weights":
-        return list(backbone.mean), list(backbone.std)
-    return [0.0] * 3, [1.0] * 3
 
 
 def _class_order(config: Config, count: int) -> list[int]:
@@ -290,6 +281,13 @@ def _environment(weights: Weights, dataset: Dataset, class_order: list[int]) -> 
         "git_commit": _git_commit(),
         "classes": [dataset.class_names[index] for index in class_order],  # as learned
     }
+
+
+def _peak_memory() -> int:
+    """Bytes of the device's memory or, without one, of the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _cpu_name() -> str:

@@ -5,6 +5,8 @@
     ntkcl train --config c.toml --ntk-cl.eta 0.03
     ntkcl train --output runs/a --resume     go on with the run there, or begin it
     ntkcl resume runs/a
+    ntkcl evaluate runs/a
+    ntkcl predict runs/a cat.jpg folder/
     ntkcl methods | datasets | presets | backbones | info
 
 What is wrong in what was given ends as one line on stderr with exit code 2, Ctrl-C with 130.
@@ -28,10 +30,11 @@ from ntkcl import _C, config
 from ntkcl.api import run
 from ntkcl.backbones import backbone_info
 from ntkcl.datasets import KNOWN_DATASETS
+from ntkcl.datasets.loose_images import image_paths
 from ntkcl.names import did_you_mean
 from ntkcl.presets import PRESETS, PUBLISHED, PUBLISHED_TASK_MEANS
 from ntkcl.progress import result_table
-from ntkcl.result import Result
+from ntkcl.result import Result, percent
 
 _USER_ERRORS = (ValueError, TypeError, OSError)
 _UNSET = type("Unset", (str,), {})("")  # told from an empty text by identity
@@ -93,31 +96,6 @@ def _report(result: Result) -> None:
         soft_wrap=True,
         highlight=False,
     )
-
-
-def _resume(words: list[str]) -> None:
-    """Go on with a run that was stopped or killed."""
-    parsed, unknown = tyro.cli(
-        _Resume,
-        args=words,
-        prog="ntkcl resume",
-        description=_resume.__doc__,
-        return_unknown_args=True,
-    )
-    if unknown:
-        raise ValueError(f"[ntkcl] unknown argument '{unknown[0]}'; see `ntkcl resume --help`")
-    _report(ntkcl.resume(parsed.run, data_root=parsed.data_root, weights=parsed.weights))
-
-
-@dataclasses.dataclass
-class _Resume:
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="its folder")]
-    data_root: Annotated[
-        str | None, tyro.conf.arg(help="folder of the named data sets, if it has moved")
-    ] = None
-    weights: Annotated[
-        str | None, tyro.conf.arg(help="safetensors file of the backbone, if it has moved")
-    ] = None
 
 
 def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
@@ -225,6 +203,70 @@ def _refuse(word: str, known: list[str]) -> None:
     raise ValueError(f"[config] unknown key '{key}'{near or '; see `ntkcl train --help`'}")
 
 
+# ---- A run's life --------------------------------------------------------------------------------
+
+_Run = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="folder of the run")]
+_DataRoot = Annotated[str | None, tyro.conf.arg(metavar="FOLDER", help="named data sets are there")]
+_Weights = Annotated[
+    str | None, tyro.conf.arg(metavar="FILE", help="weights of the backbone, if they have moved")
+]
+
+
+def _resume(words: list[str]) -> None:
+    """Go on with a run that was stopped or killed."""
+
+    def resume(run: _Run, data_root: _DataRoot = None, weights: _Weights = None) -> None:
+        _report(ntkcl.resume(run, data_root=data_root, weights=weights))
+
+    _call(resume, words, "resume", _resume.__doc__)
+
+
+def _evaluate(words: list[str]) -> None:
+    """Test a run's model, on its own or another data set."""
+
+    def evaluate(
+        run: _Run,
+        dataset: Annotated[
+            str | None, tyro.conf.arg(metavar="NAME", help="name, folder or zip; none: the run's")
+        ] = None,
+        data_root: _DataRoot = None,
+        weights: _Weights = None,
+    ) -> None:
+        found = ntkcl.load(run, weights=weights).evaluate(dataset, data_root=data_root)
+        rows = [[name, percent(getattr(found, name))] for name in _ACCURACIES]
+        _print_table(["", ""], [["test images", str(found.count)], *rows])
+
+    _call(evaluate, words, "evaluate", _evaluate.__doc__)
+
+
+_ACCURACIES = ("top1", "top5", "new_classes", "old_classes", "task_id", "within_task")
+
+
+def _predict(words: list[str]) -> None:
+    """Predict the class of images: a line with file, class and score of each."""
+
+    def predict(
+        run: _Run,
+        files: Annotated[
+            tyro.conf.Positional[tuple[str, ...]],
+            tyro.conf.arg(metavar="FILES", help="images, or folders of images"),
+        ],
+        weights: _Weights = None,
+    ) -> None:
+        model = ntkcl.load(run, weights=weights)
+        paths = list(image_paths(files))
+        labels, scores = model.predict(paths)
+        for path, label, score in zip(paths, labels, scores.max(1), strict=True):
+            print(f"{path}\t{label}\t{score:.4f}")
+
+    _call(predict, words, "predict", _predict.__doc__)
+
+
+def _call(function: Callable[..., None], words: list[str], name: str, doc: str | None) -> None:
+    """Calls it with the arguments in `words`."""
+    tyro.cli(function, args=words, prog=f"ntkcl {name}", description=doc)
+
+
 # ---- What there is -------------------------------------------------------------------------------
 
 
@@ -274,6 +316,8 @@ def _backbones(_: list[str]) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "resume": _resume,
+    "evaluate": _evaluate,
+    "predict": _predict,
     "info": _info,
     "methods": _methods,
     "datasets": _datasets,

@@ -105,6 +105,15 @@ class Config(BaseModel):
         section = getattr(self, method_section(self.method), None)
         return section.model_dump() if isinstance(section, BaseModel) else {}
 
+    def mean_std(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation by which the pixels' channels are normalised."""
+        if isinstance(self.normalize, Normalization):
+            return self.normalize.mean, self.normalize.std
+        if self.normalize == "weights":
+            backbone = backbone_info(self.backbone)
+            return list(backbone.mean), list(backbone.std)
+        return [0.0] * 3, [1.0] * 3
+
     def flat(self) -> dict[str, Any]:
         """Every key with its value; a method's keys are dotted ("ntk_cl.eta")."""
         return _flatten(self.model_dump())

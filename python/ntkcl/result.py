@@ -35,6 +35,11 @@ class Evaluation:
     within_task: float  # argmax restricted to the true task
     inferred_task: float  # the task that the method inferred is right; NaN where it infers none
 
+    @classmethod
+    def of(cls, numbers: Mapping[str, Any]) -> Evaluation:
+        """Of what the core or result.json has."""
+        return cls(**{**numbers, "per_task": tuple(numbers["per_task"])})
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -58,7 +63,9 @@ class Result:
     seconds: float  # wall time of the run
     training_seconds: float  # of it, in training steps
     images_per_second: float  # images trained on per training second
-    trainable_parameters: int
+    trainable_parameters: int  # the most that a task trains
+    stored_parameters: int  # numbers that the method keeps beside the backbone
+    peak_memory: int  # bytes: of the process, with CUDA of the device
     skipped_images: int  # corrupt images left out, with on_corrupt="skip"
     output: Path  # the run folder
     config: Config
@@ -130,10 +137,7 @@ class Result:
 
 def result_of(raw: Mapping[str, Any], output: Path, config: Config) -> Result:
     """A `Result` from what the C++ task loop returns."""
-    evaluations = tuple(
-        Evaluation(**{**entry, "per_task": tuple(entry["per_task"])})
-        for entry in raw["evaluations"]
-    )
+    evaluations = tuple(Evaluation.of(entry) for entry in raw["evaluations"])
     own = {"accuracy_matrix", "evaluations", "output", "config"}
     numbers = {name: raw[name] for name in Result.__dataclass_fields__ if name not in own}
     matrix = np.asarray(raw["accuracy_matrix"], dtype=np.float64)

@@ -5,7 +5,10 @@
     events.jsonl          one line per step, epoch, stage, evaluation and task
     accuracy_matrix.csv   T columns, one row per finished task; empty above the diagonal
     result.json           all metrics; null where undefined
-    predictions.safetensors, state.safetensors, accuracy.png
+    predictions.safetensors   task_<t>.{labels, predictions, within_task, ranks,
+                          inferred_tasks, confidences}: of each test image after task t
+    state.safetensors, model.json   the trained model, see model.py
+    accuracy.png
     checkpoint/           where an unfinished run goes on, see checkpoints.py
 
 Every file but the event log is written whole or not at all. A run that fails keeps its events, the
@@ -25,9 +28,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+import torch
+
 from ntkcl.checkpoints import Checkpoints
 from ntkcl.config import Config, to_toml
 from ntkcl.files import remove_temporaries, safetensors_bytes, write_atomically
+from ntkcl.model import write_model
 from ntkcl.result import Result
 
 logger = logging.getLogger("ntkcl")
@@ -142,12 +148,21 @@ class RunFolder:
         self._write_matrix(result.accuracy_matrix.tolist(), len(result.evaluations))
         predictions = {
             f"task_{task}.{name}": tensor
-            for task, pair in enumerate(raw["predictions"])
-            for name, tensor in zip(("labels", "predictions"), pair, strict=True)
+            for task, of_images in enumerate(raw["predictions"])
+            for name, tensor in _columns(of_images).items()
         }
-        about = {"ntkcl.method": result.config.method}  # of two keys the order would change
-        for name, tensors in (("state", raw["state"]), ("predictions", predictions)):
-            write_atomically(self.path / f"{name}.safetensors", safetensors_bytes(tensors, about))
+        # One key of metadata: the order of several would change from run to run.
+        about = {"ntkcl.method": result.config.method}
+        content = safetensors_bytes(predictions, about)
+        write_atomically(self.path / "predictions.safetensors", content)
+        environment = self.environment()
+        write_model(
+            self.path,
+            safetensors_bytes(raw["state"], about),
+            environment["classes"],
+            raw["task_sizes"],
+            environment["weights_sha256"],
+        )
         from ntkcl.report import png
 
         write_atomically(self.path / "accuracy.png", png(result))
@@ -201,6 +216,20 @@ def _check_free(path: Path) -> None:
             f"[output] '{path}' holds a run ({holds[0]}): give another output, go on with it by "
             "resume = true, or remove it"
         )
+
+
+def _columns(of_images: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an evaluation keeps of each test image, in the order of the images."""
+    records = of_images["records"].to(torch.int32).unbind(1)
+    prediction, within_task, rank, _finite, inferred_task = records
+    return {
+        "labels": of_images["labels"].to(torch.int32),
+        "predictions": prediction,
+        "within_task": within_task,
+        "ranks": rank,
+        "inferred_tasks": inferred_task,
+        "confidences": of_images["confidences"],
+    }
 
 
 def _default_path(config: Config) -> Path:

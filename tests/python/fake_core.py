@@ -116,13 +116,17 @@ class FakeTrainer:
             "training_seconds": 2.0,
             "images_per_second": 96.0,
             "trainable_parameters": 1234,
+            "stored_parameters": 5678,
+            "task_sizes": [2] * self.tasks,
             "skipped_images": 0,
+            "peak_memory": 2**30,
             "state": {"head.weight": torch.ones(2, 3), "prototypes": torch.zeros(6, 4)},
             "predictions": [
-                (
-                    torch.zeros(20 * (t + 1), dtype=torch.int64),
-                    torch.zeros(20 * (t + 1), dtype=torch.int64),
-                )
+                {
+                    "labels": torch.zeros(20 * (t + 1), dtype=torch.int64),
+                    "records": torch.zeros(20 * (t + 1), 5, dtype=torch.int64),
+                    "confidences": torch.ones(20 * (t + 1)),
+                }
                 for t in range(self.tasks)
             ],
         }

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Of result.json and of events.
-TIMES = {"seconds", "training_seconds", "images_per_second"}
+# Of result.json and of events; memory is that of the process.
+TIMES = {"seconds", "training_seconds", "images_per_second", "peak_memory"}
 FILES = ("state.safetensors", "predictions.safetensors", "accuracy_matrix.csv", "config.toml")
 
 

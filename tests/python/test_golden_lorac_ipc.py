@@ -248,7 +248,7 @@ def method_state(model, types, task, dtype):
             "old_down": [a[:task].permute(1, 2, 0, 3).flatten(2) for a in pools["A"]],
             "old_up": [b[:task].permute(1, 0, 2, 3).flatten(1, 2) for b in pools["B"]],
             "omega": [omega[:task].t() for omega in pools["omega"]],
-            "bank": [bank.permute(2, 0, 1) for bank in pools["bank"]],
+            "bank": [bank[:task, :task].permute(2, 0, 1) for bank in pools["bank"]],
         }
         state |= {f"{name}.{key}": torch.stack(t, 1).to(dtype) for key, t in tensors.items()}
     state["mask"] = torch.ones(len(types), sizes(model)["depth"], dtype=torch.float64)

@@ -136,7 +136,10 @@ def test_what_an_evaluation_keeps_is_what_it_would_compute_anew() -> None:
             anew.append(sorted(zip(of_image[seen].tolist(), found.tolist(), strict=True)))
 
     result = trainer.run(listen, None)
-    kept = [sorted(zip(a.tolist(), b.tolist(), strict=True)) for a, b in result["predictions"]]
+    kept = [
+        sorted(zip(p["labels"].tolist(), p["records"][:, 0].tolist(), strict=True))
+        for p in result["predictions"]
+    ]
     assert kept == anew
     assert any(label != found for label, found in kept[-1])  # else it would prove little
 

@@ -26,6 +26,7 @@ FILES = {
     "result.json",
     "predictions.safetensors",
     "state.safetensors",
+    "model.json",
     "accuracy.png",
 }
 

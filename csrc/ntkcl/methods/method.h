@@ -19,15 +19,23 @@ struct TaskInfo {
   int64_t count = 1;  // T
   int64_t n_old = 0;
   int64_t n_new = 0;
-  int64_t initial_classes = 0;  // of task 0, as configured
-  int64_t increment = 0;
+  int64_t increment = 0;             // as configured
   int64_t batch_size = 0;            // as configured; the last batch may be smaller
   std::vector<int64_t> class_ids{};  // of all tasks: the data set's class of each number
+  std::vector<int64_t> sizes{};      // of all tasks: how many classes
 
   bool first() const { return index == 0; }
   bool last() const { return index + 1 == count; }
   int64_t n_seen() const { return n_old + n_new; }
   int64_t n_classes() const { return static_cast<int64_t>(class_ids.size()); }
+  // The task of each class seen.
+  std::vector<int64_t> tasks_of_classes() const {
+    std::vector<int64_t> tasks;
+    for (int64_t t = 0; t <= index; ++t) {
+      tasks.insert(tasks.end(), static_cast<size_t>(sizes[static_cast<size_t>(t)]), t);
+    }
+    return tasks;
+  }
 };
 
 struct Batch {
@@ -101,6 +109,8 @@ class Method {
   virtual std::vector<std::string> stages(const TaskInfo& task) const = 0;
   virtual void run_stage(const std::string& stage, TaskServices& services) = 0;
   virtual Scores scores(const at::Tensor& images) const = 0;
+  // What the classes are told apart by, (B, D): by the weights of the last task.
+  virtual at::Tensor features_of(const at::Tensor& images) const = 0;
   // The same of a run's test images, each once, in any order and batches: for methods that keep
   // what does not change from one evaluation to the next.
   virtual void score(TestImages& images, const ScoresFn& fn) {

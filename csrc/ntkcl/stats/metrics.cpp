@@ -121,15 +121,20 @@ void Evaluation::add(const at::Tensor& labels, const at::Tensor& scores, const a
                                 scores.isfinite().all(1).to(at::kLong), inferred},
                                1));
   labels_.push_back(host_labels);
+  confidences_.push_back(at::amax(at::softmax(scores, 1), {1}).to(at::kFloat));
   count_ += labels.size(0);
 }
 
-void Evaluation::restore(const at::Tensor& labels, const at::Tensor& records) {
+void Evaluation::restore(const at::Tensor& labels, const at::Tensor& records,
+                         const at::Tensor& confidences) {
   const auto is_int64 = [](const at::Tensor& t) { return t.scalar_type() == at::kLong; };
   NTKCL_CHECK(labels.dim() == 1 && is_int64(labels) && is_int64(records) &&
                   records.sizes() == at::IntArrayRef({labels.size(0), kColumns}),
               kWhere, "expected int64 labels (n) and records (n, ", +kColumns, "), got ",
               labels.toString(), labels.sizes(), " and ", records.toString(), records.sizes());
+  NTKCL_CHECK(confidences.sizes() == labels.sizes() && confidences.scalar_type() == at::kFloat,
+              kWhere, "expected float32 confidences (", labels.size(0), "), got ",
+              confidences.toString(), confidences.sizes());
   const auto inside = [](const at::Tensor& values, int64_t low, int64_t high) {
     return values.ge(low).logical_and(values.lt(high)).all().item<bool>();
   };
@@ -142,6 +147,7 @@ void Evaluation::restore(const at::Tensor& labels, const at::Tensor& records) {
       kWhere, "expected records of classes in 0 .. ", seen_classes() - 1);
   labels_ = {labels.cpu()};
   records_ = {host};
+  confidences_ = {confidences.cpu()};
   count_ = labels.size(0);
   know_columns(count_ > 0 ? host.select(1, kPrediction).max().item<int64_t>() + 1 : 0);
 }
@@ -171,6 +177,10 @@ const at::Tensor& Evaluation::records() const {
 
 at::Tensor Evaluation::labels() const {
   return labels_.empty() ? at::empty({0}, at::kLong) : at::cat(labels_);
+}
+
+at::Tensor Evaluation::confidences() const {
+  return confidences_.empty() ? at::empty({0}) : at::cat(confidences_).cpu();
 }
 
 at::Tensor Evaluation::predictions() const {

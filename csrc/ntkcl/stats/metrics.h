@@ -26,7 +26,7 @@ class Evaluation {
 
   // Copies of these of another evaluation after the same task: all that has been added. ValueError
   // for what no evaluation holds.
-  void restore(const at::Tensor& labels, const at::Tensor& records);
+  void restore(const at::Tensor& labels, const at::Tensor& records, const at::Tensor& confidences);
 
   int64_t task() const { return task_; }
   // First class of each task 0 .. task, then the number of classes seen.
@@ -50,6 +50,8 @@ class Evaluation {
   // What is kept of each image: columns prediction, best class within the task, rank of the label,
   // whether all its scores were finite, task inferred (-1: none). (count, 5), int64, host.
   const at::Tensor& records() const;
+  // (count), float32, host: the softmax of all its scores at the prediction.
+  at::Tensor confidences() const;
 
  private:
   // Scores have so many columns, or more: classes beyond those seen are of no task.
@@ -59,7 +61,7 @@ class Evaluation {
   int64_t task_;
   int64_t count_ = 0;
   at::Tensor task_of_class_;  // (columns of the scores), on their device; -1: not seen
-  std::vector<at::Tensor> labels_;
+  std::vector<at::Tensor> labels_, confidences_;
   // One tensor per batch until a query joins them.
   mutable std::vector<at::Tensor> records_;
 };

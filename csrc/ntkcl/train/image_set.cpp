@@ -37,11 +37,11 @@ std::vector<std::vector<int64_t>> by_class(const data::ImageStore& store,
   return images;
 }
 
-void check_classes(const std::vector<std::vector<int64_t>>& images,
-                   const std::vector<int64_t>& class_order, const char* kind) {
-  for (size_t c = 0; c < images.size(); ++c) {
-    NTKCL_CHECK(!images[c].empty(), "data", "class ", class_order[c], ": expected at least one ",
-                kind, " image, got none");
+void check_classes(const std::vector<std::vector<int64_t>>& images, const RunData& data,
+                   const char* kind) {
+  for (auto c = static_cast<size_t>(data.finished_classes); c < images.size(); ++c) {
+    NTKCL_CHECK(!images[c].empty(), "data", "class ", data.class_order[c],
+                ": expected at least one ", kind, " image, got none");
   }
 }
 
@@ -71,21 +71,16 @@ std::vector<std::vector<int64_t>> hold_out(std::vector<std::vector<int64_t>>& im
   return held_out;
 }
 
-at::Tensor channel_constant(const std::vector<double>& values, const char* key,
-                            const at::TensorOptions& options) {
-  NTKCL_CHECK(values.size() == 3, "normalize", "'", key, "': expected 3 numbers, got ",
-              values.size());
-  return at::tensor(values, at::kDouble).view({1, 3, 1, 1}).to(options);
-}
-
 }  // namespace
 
 std::pair<ImageSet, ImageSet> ImageSet::of_run(const RunData& data, double validation_fraction,
                                                const at::TensorOptions& like) {
   const std::vector<int64_t> class_number = inverse_order(data.class_order);
   ByClass train = by_class(*data.train, class_number), test = by_class(*data.test, class_number);
-  check_classes(train, data.class_order, "training");
-  check_classes(test, data.class_order, "test");
+  check_classes(train, data, "training");
+  if (data.finished_classes == 0 || data.test->size() > 0) {  // else nothing is tested
+    check_classes(test, data, "test");
+  }
   std::shared_ptr<data::ImageStore> test_store = data.test;
   if (validation_fraction > 0) {
     test = hold_out(train, data.class_order, validation_fraction);
@@ -100,9 +95,7 @@ ImageSet::ImageSet(std::shared_ptr<data::ImageStore> store, ByClass images, cons
     : store_(std::move(store)),
       images_(std::move(images)),
       class_number_(inverse_order(data.class_order)),
-      mean_(channel_constant(data.mean, "mean", like)),
-      std_(channel_constant(data.std, "std", like)) {
-  NTKCL_CHECK(std_.gt(0).all().item<bool>(), "normalize", "'std': expected positive numbers");
+      normalization_(data.mean, data.std, like) {
   data::LoaderOptions options = data.loader;
   options.pin_memory = like.device().is_cuda();
   loader_ = std::make_unique<data::Loader>(store_, data::Transform(data.transform), options);
@@ -135,12 +128,8 @@ bool ImageSet::next(methods::Batch& batch) {
     const auto image = static_cast<size_t>(loaded.indices.const_data_ptr<int64_t>()[i]);
     out[i] = class_number_[static_cast<size_t>(store_->labels()[image])];
   }
-  batch = {normalised(loaded.images), labels.to(mean_.device()), loaded.indices};
+  batch = {normalization_(loaded.images), labels.to(normalization_.device()), loaded.indices};
   return true;
-}
-
-at::Tensor ImageSet::normalised(const at::Tensor& images) const {
-  return images.to(mean_.device()).to(mean_.options()).div_(255).sub_(mean_).div_(std_);
 }
 
 }  // namespace ntkcl::train

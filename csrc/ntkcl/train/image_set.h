@@ -6,6 +6,7 @@
 
 #include "ntkcl/data/loader.h"
 #include "ntkcl/methods/method.h"
+#include "ntkcl/train/normalization.h"
 
 namespace ntkcl::train {
 
@@ -17,6 +18,8 @@ struct RunData {
   data::TransformOptions transform;
   data::LoaderOptions loader;
   std::vector<double> mean{0, 0, 0}, std{1, 1, 1};  // of pixels in [0, 1], per channel
+  std::vector<int64_t> task_sizes{};  // classes of each task; empty: as the options split them
+  int64_t finished_classes = 0;       // learned before this run: they may come without images
 };
 
 // The training or the test images of a run: which are of which class, and their way to the device.
@@ -38,8 +41,7 @@ class ImageSet {
   // Images of the pass that are behind it: in the batches that next() has read.
   int64_t position() const { return loader_->position(); }
 
-  // uint8 images (B, 3, S, S) as the backbone sees them.
-  at::Tensor normalised(const at::Tensor& images) const;
+  const Normalization& normalization() const { return normalization_; }
   // Corrupt images that were left out, each counted once: int64 (n), store positions.
   at::Tensor skipped() const { return loader_->skipped_images(); }
   // Counts these, too: they were left out before the run went on.
@@ -53,7 +55,7 @@ class ImageSet {
   std::shared_ptr<data::ImageStore> store_;
   ByClass images_;                     // store positions per class number
   std::vector<int64_t> class_number_;  // of each class of the data set
-  at::Tensor mean_, std_;              // (1, 3, 1, 1)
+  Normalization normalization_;
   std::unique_ptr<data::Loader> loader_;
 };
 

@@ -27,8 +27,14 @@ Trainer::Trainer(const std::string& method, const OptionMap& method_options, Tra
       class_order_(data.class_order),
       images_(ImageSet::of_run(data, options_.validation_fraction, vit_.options())),
       random_(std::move(random)) {
-  task_sizes_ = scenario::split_classes(static_cast<int64_t>(class_order_.size()),
-                                        options_.initial_classes, options_.increment);
+  const auto classes = static_cast<int64_t>(class_order_.size());
+  task_sizes_ = data.task_sizes;
+  if (task_sizes_.empty()) {
+    task_sizes_ = scenario::split_classes(classes, options_.initial_classes, options_.increment);
+  }
+  NTKCL_CHECK(std::accumulate(task_sizes_.begin(), task_sizes_.end(), int64_t{0}) == classes,
+              "train", "expected tasks of all ", classes, " classes, got sizes ",
+              at::IntArrayRef(task_sizes_));
   if (!random_) {
     random_ = std::make_unique<methods::RandomSource>(static_cast<uint64_t>(options_.seed));
   }
@@ -46,6 +52,17 @@ Trainer::Trainer(const std::string& method, const OptionMap& method_options, Tra
 }
 
 Trainer::~Trainer() = default;
+
+void Trainer::begin_after(int64_t tasks, const methods::State& learned) {
+  NTKCL_CHECK(!started_ && 0 < tasks && tasks < info_.count, "train", "expected 1 to ",
+              info_.count - 1, " tasks learned before a new run, got ", tasks);
+  methods::load_state([&](const methods::StateVisitor& visitor) { method_->visit_state(visitor); },
+                      learned, {});
+  progress_.task = tasks;
+  for (int64_t t = 0; t < tasks; ++t) {
+    evaluations_.emplace_back(task_sizes_, t);
+  }
+}
 
 RunResult Trainer::run(const Hooks& hooks, const std::optional<Checkpoint>& from) {
   NTKCL_CHECK(!started_, "train", "expected a new trainer: this one has run already");
@@ -82,6 +99,8 @@ RunResult Trainer::run(const Hooks& hooks, const std::optional<Checkpoint>& from
   result.training_seconds = progress_.training_seconds;
   result.training_images = progress_.training_images;
   result.trainable_parameters = progress_.trainable_parameters;
+  method_->visit_state(
+      [&](const std::string&, at::Tensor& tensor) { result.stored_parameters += tensor.numel(); });
   result.skipped_images = images_.first.skipped().numel() + images_.second.skipped().numel();
   return result;
 }
@@ -92,10 +111,10 @@ methods::TaskInfo Trainer::info_of(int64_t task) const {
           .count = static_cast<int64_t>(task_sizes_.size()),
           .n_old = std::accumulate(first, first + task, int64_t{0}),
           .n_new = task_sizes_[static_cast<size_t>(task)],
-          .initial_classes = options_.initial_classes,
           .increment = options_.increment,
           .batch_size = options_.batch_size,
-          .class_ids = class_order_};
+          .class_ids = class_order_,
+          .sizes = task_sizes_};
 }
 
 void Trainer::run_task() {
@@ -144,10 +163,13 @@ void Trainer::visit_state(const methods::StateVisitor& visitor) {
   method_->visit_test_state(named("test."));
   for (size_t t = 0; t < evaluations_.size(); ++t) {
     stats::Evaluation& evaluation = evaluations_[t];
-    at::Tensor labels = evaluation.labels(), records = evaluation.records();
-    named("evaluation." + std::to_string(t) + ".")("labels", labels);
-    named("evaluation." + std::to_string(t) + ".")("records", records);
-    evaluation.restore(labels, records);
+    at::Tensor labels = evaluation.labels(), records = evaluation.records(),
+               confidences = evaluation.confidences();
+    const auto visit = named("evaluation." + std::to_string(t) + ".");
+    visit("labels", labels);
+    visit("records", records);
+    visit("confidences", confidences);
+    evaluation.restore(labels, records, confidences);
   }
   for (ImageSet* set : {&images_.first, &images_.second}) {
     at::Tensor skipped = set->skipped();
@@ -451,9 +473,7 @@ void Trainer::progress(const std::string& activity, int64_t done, int64_t count)
 }
 
 methods::Scores Trainer::scores(const at::Tensor& images) const {
-  NTKCL_CHECK(images.scalar_type() == at::kByte, "scores", "expected uint8 images, got ",
-              images.scalar_type());
-  return method_->scores(images_.first.normalised(images));
+  return method_->scores(images_.first.normalization()(images));
 }
 
 // ---- Small things ----

@@ -19,6 +19,7 @@ struct RunResult {
   double seconds = 0, training_seconds = 0;
   int64_t training_images = 0;  // images that went through a training step
   int64_t trainable_parameters = 0;
+  int64_t stored_parameters = 0;  // numbers in the method's state after the last task
   int64_t skipped_images = 0;
 };
 
@@ -52,6 +53,10 @@ class Trainer : private methods::TaskServices {
           const nn::VisionTransformer& backbone, const RunData& data,
           std::unique_ptr<methods::RandomSource> random = nullptr);
   ~Trainer() override;
+
+  // Begins after `tasks` tasks that were learned elsewhere: their state. Their evaluations are not
+  // known, and count as of no image.
+  void begin_after(int64_t tasks, const methods::State& learned);
 
   // Runs all tasks, or those that are left after a checkpoint. When it is stopped it ends with
   // Interrupted, a loss that is not finite with NumericalError, a checkpoint that is not of this

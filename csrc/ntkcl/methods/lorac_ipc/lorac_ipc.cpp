@@ -53,7 +53,7 @@ LoracIpc::LoracIpc(Options options, const nn::VisionTransformer& vit, int64_t ta
               "'init': expected at most ", vit.width(), " orthogonal columns for ", tasks,
               " tasks of rank ", options_.rank, ", got ", tasks * options_.rank);
   for (const nn::LoraGroup& group : lora_.groups()) {
-    bank_.push_back(at::zeros({lora_.blocks(), group.types(), tasks, tasks}, vit.options()));
+    bank_.push_back(at::zeros({lora_.blocks(), group.types(), 0, 0}, vit.options()));
   }
   const int64_t c = vit.width();
   head_ = {at::zeros({0, c}, vit.options()), at::zeros({0}, vit.options()), {}, {}};
@@ -76,12 +76,10 @@ void LoracIpc::before_task(TaskServices& services) {
   const TaskInfo& task = services.task();
   recent_ = {};
   class_ids_ = at::tensor(task.class_ids, at::kLong);
-  if (head_.weight.size(0) < task.n_classes()) {
-    initialise_head(task.n_classes(), services.random());
-  }
   if (trained_head_.weight.size(0) > 0) {
     head_ = copy_of(trained_head_);
   }
+  initialise_head(task.n_classes(), services.random());
   before_ = at::zeros({0, vit_.width()}, vit_.options());
   if (!task.first() && drifts()) {
     std::vector<at::Tensor> rows;
@@ -146,9 +144,15 @@ std::vector<optim::ParameterGroup> LoracIpc::trained(const TaskInfo& task) {
 }
 
 void LoracIpc::initialise_head(int64_t classes, RandomSource& random) {
-  head_.weight =
+  const int64_t known = head_.weight.size(0), more = classes - known;
+  if (more <= 0) {
+    return;
+  }
+  const at::Tensor weight =
       random.normal({"head.weight"}, {classes, vit_.width()}, vit_.options()) * kHeadDeviation;
-  head_.bias = random.uniform({"head.bias"}, {classes}, 0.0, 0.0, vit_.options());
+  const at::Tensor bias = random.uniform({"head.bias"}, {classes}, 0.0, 0.0, vit_.options());
+  head_.weight = at::cat({head_.weight, weight.narrow(0, known, more)});
+  head_.bias = at::cat({head_.bias, bias.narrow(0, known, more)});
 }
 
 void LoracIpc::begin_module(const TaskInfo& task, RandomSource& random) {
@@ -320,7 +324,8 @@ void LoracIpc::freeze() {
   task_sizes_ = at::cat({task_sizes_, at::full({1}, training_.task.n_new, at::kLong)});
   lora_.finish();
   for (size_t i = 0; i < bank_.size(); ++i) {
-    bank_[i].select(2, t).narrow(2, 0, t + 1).copy_(lora_.groups()[i].omega);
+    bank_[i] = at::constant_pad_nd(bank_[i], {0, 1, 0, 1});
+    bank_[i].select(2, t).copy_(lora_.groups()[i].omega);
   }
   // Without a score where no step was measured: all images of the last ones were corrupt.
   if (const at::Tensor scores = score(); scores.defined()) {
@@ -670,6 +675,7 @@ void LoracIpc::check_state() const {
                 tensor.sizes());
   };
   const int64_t l = lora_.blocks(), r = options_.rank, t = lora_.modules(), c = vit_.width();
+  const int64_t finished = task_sizes_.numel();
   for (size_t i = 0; i < lora_.groups().size(); ++i) {
     const nn::LoraGroup& group = lora_.groups()[i];
     const std::string prefix = std::string(group.name) + ".";
@@ -679,7 +685,7 @@ void LoracIpc::check_state() const {
     expect(prefix + "old_down", group.old_down, {l, g, in, t * r});
     expect(prefix + "old_up", group.old_up, {l, g, t * r, out});
     expect(prefix + "omega", group.omega, {l, g, t});
-    expect(prefix + "bank", bank_[i], {l, g, tasks_, tasks_});
+    expect(prefix + "bank", bank_[i], {l, g, finished, finished});
   }
   for (size_t i = 0; i < importance_.size(); ++i) {
     const at::Tensor& mean = importance_[i].mean();

@@ -28,6 +28,9 @@ class LoracIpc : public Method {
   std::vector<std::string> stages(const TaskInfo& task) const override;
   void run_stage(const std::string& stage, TaskServices& services) override;
   Scores scores(const at::Tensor& images) const override;
+  at::Tensor features_of(const at::Tensor& images) const override {
+    return features(last_task(), images);
+  }
   void score(TestImages& images, const ScoresFn& fn) override;
   void visit_state(const StateVisitor& visitor) override;
   void visit_test_state(const StateVisitor& visitor) override;
@@ -103,7 +106,7 @@ class LoracIpc : public Method {
   const nn::VisionTransformer& vit_;
   int64_t tasks_;
   nn::ComposedLora lora_;
-  std::vector<at::Tensor> bank_;  // of each group (L, g, T, T): omega [.., i] after task [.., t]
+  std::vector<at::Tensor> bank_;  // of each group (L, g, t, t): omega [.., i] after task [.., k]
   at::Tensor mask_;               // (types, L) float64 on the CPU: 0 where frozen
   Head head_;                     // of all classes
   Head trained_head_;             // as it was before its last alignment, where that counts

@@ -460,17 +460,13 @@ at::Tensor NtkCl::drift(const at::Tensor& after) const {
 void NtkCl::align(TaskServices& services) {
   const TaskInfo& task = services.task();
   services.evaluate("before alignment");
-  std::vector<int64_t> task_of_class;
-  for (int64_t c = 0; c < task.n_seen(); ++c) {
-    task_of_class.push_back(
-        c < task.initial_classes ? 0 : 1 + (c - task.initial_classes) / task.increment);
-  }
   const double scale = options_.alignment_logit_scale / multipliers_.sum().item<double>();
   const at::Tensor aligned = aligned_.clone();  // a repeated stage begins from aligned_ again
   align_on_gaussians(
       {aligned},
       [&](const at::Tensor& x) { return ops::section_cosine(x, aligned, multipliers_) * scale; },
-      *gaussians_, mean_factors(task_of_class, task.index, options_.alignment.lowest_mean),
+      *gaussians_,
+      mean_factors(task.tasks_of_classes(), task.index, options_.alignment.lowest_mean),
       options_.alignment, gaussian_draws(services, *gaussians_, options_.alignment));
   aligned_ = aligned;
 }

@@ -43,6 +43,9 @@ class NtkCl : public Method {
   std::vector<std::string> stages(const TaskInfo& task) const override;
   void run_stage(const std::string& stage, TaskServices& services) override;
   Scores scores(const at::Tensor& images) const override;
+  at::Tensor features_of(const at::Tensor& images) const override {
+    return scored(features(images));
+  }
   void visit_state(const StateVisitor& visitor) override;
 
   // Without dropout and without a graph.

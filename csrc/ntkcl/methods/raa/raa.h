@@ -34,6 +34,7 @@ class Raa : public Method {
   std::vector<std::string> stages(const TaskInfo& task) const override;
   void run_stage(const std::string& stage, TaskServices& services) override;
   Scores scores(const at::Tensor& images) const override;
+  at::Tensor features_of(const at::Tensor& images) const override { return features(images); }
   void visit_state(const StateVisitor& visitor) override;
 
   // Class features (B, C) of the merged branch.

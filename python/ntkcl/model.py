@@ -1,0 +1,382 @@
+"""A trained model: predict, look at features, test, learn another task, give away.
+
+A folder holds a model if these files are in it; a finished run's does.
+
+    model.json            classes and tasks as they were learned, hashes
+    config.toml           the configuration that trained it
+    state.safetensors     what the method has learned
+    backbone.safetensors  the frozen backbone, in an exported folder; elsewhere it is found as the
+                          configuration says, and told by its hash
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pydantic
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+
+from ntkcl import _C
+from ntkcl.backbones import Weights, backbone_info, load_backbone
+from ntkcl.config import Config, options, resolve, to_toml
+from ntkcl.datasets import load_dataset
+from ntkcl.datasets.loose_images import Images, image_stores, one_store
+from ntkcl.files import safetensors_bytes, write_atomically
+from ntkcl.progress import make_progress
+from ntkcl.result import Evaluation
+
+FORMAT = 1
+
+
+class Predictions(NamedTuple):
+    """What `Model.predict` gives: of each image the class, and the scores of all classes."""
+
+    labels: list[str]
+    scores: NDArray[np.float32]  # (n, classes); the largest is the prediction
+
+
+class ModelFile(pydantic.BaseModel):
+    """model.json."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    format: int = FORMAT
+    classes: list[str]  # in the order in which they were learned
+    task_sizes: list[pydantic.PositiveInt]
+    weights_sha256: str
+    state_sha256: str
+
+    def content(self) -> bytes:
+        return (self.model_dump_json(indent=2) + "\n").encode()
+
+
+class Model:
+    """A trained model, made by `load`.
+
+    Attributes:
+      classes: names of the classes that it knows, in the order in which they were learned.
+      task_sizes: how many of them came with each task.
+      config: the configuration that trained it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        classes: Sequence[str],
+        task_sizes: Sequence[int],
+        weights: Weights,
+        state: Mapping[str, torch.Tensor],
+        folder: Path,
+    ) -> None:
+        self.config = config
+        self.classes = list(classes)
+        self.task_sizes = list(task_sizes)
+        self._weights, self._state, self._folder = weights, dict(state), folder
+        self._predictor = self._make_predictor()
+
+    def predict(self, images: Images) -> Predictions:
+        """The class of each image.
+
+        Args:
+          images: a path of an image, or of a folder of images (all below it, by name); an array,
+            uint8 (h, w, 3) or grey (h, w), or (n, h, w, 3); a PIL image; or a list of these.
+
+        Raises:
+          FileNotFoundError: no such file, or no image in a folder.
+          ValueError, TypeError: an image that cannot be decoded, or an array of another kind.
+        """
+        scores = np.concatenate([self._scores(store)[0].numpy() for store in image_stores(images)])
+        return Predictions([self.classes[c] for c in scores.argmax(1)], scores)
+
+    def features(self, images: Images) -> NDArray[np.float32]:
+        """What the classes are told apart by, (n, D), by the weights of the last task; images as
+        for `predict`."""
+        parts = [self._predictor.features(store) for store in image_stores(images)]
+        return torch.cat(parts).float().numpy()
+
+    def evaluate(
+        self,
+        dataset: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        *,
+        data_root: str | os.PathLike[str] | None = None,
+    ) -> Evaluation:
+        """The test after the last task, on the test images of a data set; none: of its own.
+
+        Raises:
+          ValueError: the data set has a class that the model does not know.
+        """
+        own = dataset is None
+        found = load_dataset(
+            self.config.dataset if own else dataset,  # type: ignore[arg-type]
+            data_root if data_root is not None else self.config.data_root,
+            test_per_class=self.config.test_per_class if own else None,
+        )
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        present = {found.class_names[label] for label in found.test.labels}
+        if unknown := sorted(present - numbers.keys()):
+            raise ValueError(
+                f"[evaluate] expected classes that the model knows, got {', '.join(unknown[:5])}"
+            )
+        labels = [numbers[found.class_names[label]] for label in found.test.labels]
+        scores, tasks = self._scores(found.test)
+        evaluation = _C.Evaluation(self.task_sizes, len(self.task_sizes) - 1)
+        evaluation.add(torch.tensor(labels), scores, tasks)
+        return Evaluation.of(
+            {name: getattr(evaluation, name) for name in Evaluation.__dataclass_fields__}
+        )
+
+    def add_task(
+        self,
+        images: Mapping[str, Images] | str | os.PathLike[str],
+        *,
+        test: Mapping[str, Images] | str | os.PathLike[str] | None = None,
+        output: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+        **keys: Any,
+    ) -> Evaluation | None:
+        """Learns new classes as the next task, without the images of the old ones, and saves.
+
+        Args:
+          images: training images of each new class by its name, or a folder <class>/<image>.
+          test: test images in the same form, of the new classes; old ones may be there, too.
+          output: folder of the extended model; none: task-<number> in the model's own.
+          progress: whether to show it.
+          **keys: options of training other than those of the run, as `epochs=5`.
+
+        Returns:
+          The test after the task; None without test images.
+
+        Raises:
+          ValueError: a class is known already; a class without images; a key that does not fit.
+        """
+        config = _with_keys(self.config, keys)
+        train = _by_class(images, "images")
+        if known := [name for name in train if name in self.classes]:
+            raise ValueError(f"[add_task] expected new classes, got {', '.join(known[:5])} again")
+        classes = [*self.classes, *train]
+        tested = {} if test is None else _by_class(test, "test")
+        if missing := [name for name in tested if name not in classes]:
+            raise ValueError(
+                f"[add_task] 'test': expected old and new classes, got {', '.join(missing[:5])}"
+            )
+        tasks = len(self.task_sizes)
+        folder = self._next_folder(tasks + 1) if output is None else Path(output).expanduser()
+        _check_absent(folder)
+        trainer = _C.Trainer(
+            config.method,
+            config.method_options(),
+            config.train_options(),
+            self._transformer(),
+            {
+                "train": one_store(train, classes),
+                "test": one_store(tested, classes),
+                "class_order": list(range(len(classes))),
+                "task_sizes": [*self.task_sizes, len(train)],
+                "finished_classes": len(self.classes),
+            },
+            config.transform_options(),
+            config.loader_options(),
+            *config.mean_std(),
+        )
+        trainer.begin_after(tasks, self._state)
+        with make_progress(progress) as shown:
+            raw = trainer.run(shown)
+        self.classes, self.task_sizes = classes, [*self.task_sizes, len(train)]
+        self._state = raw["state"]
+        self._predictor = self._make_predictor()
+        self._save(folder, with_backbone=False)
+        return Evaluation.of(raw["evaluations"][-1]) if tested else None
+
+    def export(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the model with its backbone: one folder that `load` reads anywhere.
+
+        Raises:
+          ValueError: there is something already.
+        """
+        return self._save(Path(folder).expanduser(), with_backbone=True)
+
+    def __repr__(self) -> str:
+        return (
+            f"<ntkcl.Model {self.config.method}: {len(self.classes)} classes of "
+            f"{len(self.task_sizes)} tasks, '{self._folder}'>"
+        )
+
+    def _scores(self, store: _C.ImageStore) -> tuple[torch.Tensor, torch.Tensor | None]:
+        scores, tasks = self._predictor.scores(store)
+        return scores[:, : len(self.classes)].float(), tasks
+
+    def _transformer(self) -> _C.VisionTransformer:
+        heads = backbone_info(self.config.backbone).heads
+        return _C.VisionTransformer(self._weights.tensors, heads, self.config.image_size)
+
+    def _make_predictor(self) -> _C.Predictor:
+        return _C.Predictor(
+            self.config.method,
+            self.config.method_options(),
+            self.config.train_options(),
+            self._transformer(),
+            len(self.task_sizes),
+            self.config.transform_options(),
+            self.config.loader_options(),
+            *self.config.mean_std(),
+            self._state,
+        )
+
+    def _next_folder(self, task: int) -> Path:
+        base = self._folder.parent if self._folder.name.startswith("task-") else self._folder
+        return base / f"task-{task}"
+
+    def _save(self, folder: Path, with_backbone: bool) -> Path:
+        """Whole or not at all: into a folder beside it, which then gets the name."""
+        _check_absent(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            state = safetensors_bytes(self._state, {"ntkcl.method": self.config.method})
+            write_model(work, state, self.classes, self.task_sizes, self._weights.sha256)
+            config = self.config.model_copy(update={"output": None})
+            write_atomically(work / "config.toml", to_toml(config).encode())
+            if with_backbone:
+                shutil.copyfile(self._weights.path, work / "backbone.safetensors")
+            work.chmod(0o755)
+            work.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        self._folder = folder
+        return folder
+
+
+def load(
+    run: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+) -> Model:
+    """The trained model of a finished run, of an extended one (`Model.add_task`) or an exported
+    one (`Model.export`).
+
+    Args:
+      run: its folder.
+      weights: safetensors file of the backbone, if it has moved.
+      device, threads: where to compute now; none: as in the run.
+
+    Raises:
+      FileNotFoundError: no model there, or its backbone is not found.
+      ValueError: a file is damaged, or the backbone is another one.
+    """
+    path = Path(run).expanduser()
+    about = _read_about(path)
+    moved = {"device": device, "threads": threads}
+    given = {key: value for key, value in moved.items() if value is not None}
+    config = resolve(given, path / "config.toml")
+    packed = path / "backbone.safetensors"
+    chosen = weights if weights is not None else packed if packed.is_file() else config.weights
+    found = load_backbone(config.backbone, chosen)
+    if found.sha256 != about.weights_sha256:
+        raise ValueError(
+            f"[load] expected the backbone of SHA-256 {about.weights_sha256}, got '{found.path}' "
+            f"of {found.sha256}; give weights=<safetensors file>"
+        )
+    state = _read_state(path / "state.safetensors", about.state_sha256)
+    return Model(config, about.classes, about.task_sizes, found, state, path)
+
+
+def evaluate(
+    run: str | os.PathLike[str],
+    dataset: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    *,
+    data_root: str | os.PathLike[str] | None = None,
+) -> Evaluation:
+    """Tests the model of a run on the test images of a data set; see `Model.evaluate`."""
+    return load(run).evaluate(dataset, data_root=data_root)
+
+
+def write_model(
+    folder: Path, state: bytes, classes: Sequence[str], task_sizes: Sequence[int], weights: str
+) -> None:
+    """Writes state.safetensors and model.json."""
+    about = ModelFile(
+        classes=list(classes),
+        task_sizes=list(task_sizes),
+        weights_sha256=weights,
+        state_sha256=hashlib.sha256(state).hexdigest(),
+    )
+    write_atomically(folder / "state.safetensors", state)
+    write_atomically(folder / "model.json", about.content())
+
+
+def _read_about(path: Path) -> ModelFile:
+    file = path / "model.json"
+    if not file.is_file():
+        hint = "; finish it with `ntkcl resume`" if (path / "config.toml").is_file() else ""
+        raise FileNotFoundError(f"[load] expected a trained model, got no {file}{hint}")
+    try:
+        raw = json.loads(file.read_bytes())
+        if isinstance(raw, dict) and raw.get("format") != FORMAT:
+            raise ValueError(f"[load] '{file}': expected format {FORMAT}, got {raw.get('format')}")
+        about = ModelFile.model_validate(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"[load] '{file}' is damaged: {error}") from None
+    except pydantic.ValidationError as error:
+        raise ValueError(f"[load] '{file}' is damaged: {error.errors()[0]['msg']}") from None
+    if len(set(about.classes)) != len(about.classes) or sum(about.task_sizes) != len(about.classes):
+        raise ValueError(f"[load] '{file}': expected tasks of {len(about.classes)} classes in all")
+    return about
+
+
+def _read_state(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"[load] '{path}' is missing")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"[load] '{path}' is damaged: its checksum does not fit")
+    try:
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"[load] '{path}' is damaged: {error}") from None
+
+
+def _check_absent(folder: Path) -> None:
+    if folder.exists():
+        raise ValueError(f"[output] expected a new folder, got '{folder}', which is there")
+
+
+def _with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
+    """The configuration with other options of training."""
+    group = {info["key"] for info in _C.describe_options()["train"]}
+    allowed = (group | {"loader_threads", "prefetch", "on_corrupt"}) - {
+        *("initial_classes", "increment", "precision", "validation_fraction")
+    }
+    section = [option.key for option in options(config.method) if "." in option.key]
+    for key in keys:
+        if key not in allowed and key not in section:
+            raise ValueError(f"[add_task] '{key}': expected an option of training, got no such key")
+    known = {key: value for key, value in config.flat().items() if value is not None}
+    return resolve(known | {"validation_fraction": 0.0} | dict(keys))
+
+
+def _by_class(
+    images: Mapping[str, Images] | str | os.PathLike[str], where: str
+) -> dict[str, Images]:
+    """Images of each class; of a folder, its folders."""
+    if not isinstance(images, Mapping):
+        root = Path(images).expanduser()
+        if not root.is_dir():
+            raise FileNotFoundError(f"[add_task] '{where}': no folder '{root}'")
+        found = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+        images = {folder.name: str(folder) for folder in found}
+    if not images:
+        raise ValueError(f"[add_task] '{where}': expected at least one class, got none")
+    return {str(name): value for name, value in images.items()}

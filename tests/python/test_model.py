@@ -1,0 +1,315 @@
+"""A trained model in use: what it predicts is what the run tested, wherever it was loaded from; it
+goes on learning as a longer run would have."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import ntkcl
+from test_training import CLASSES, TEST, TRAIN, dataset, images_of, train
+
+METHODS: dict[str, dict[str, Any]] = {
+    "ntk-cl": {"ntk_cl": {"mode": "both"}},
+    "lorac-ipc": {},
+    "raa": {"initial_epochs": 1},
+    "simple-cil": {},
+}
+NATURAL = {"class_order": "natural", "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    for method, keys in METHODS.items():
+        train(root / method, method=method, **NATURAL, **keys)
+    return {method: root / method for method in METHODS}
+
+
+def pixels_of_test() -> np.ndarray:
+    pixels: np.ndarray = dataset()["test"][0]
+    return pixels
+
+
+def recorded(run: Path) -> tuple[list[str], np.ndarray]:
+    """Labels that the run predicted after its last task, and its confidences."""
+    file = load_file(run / "predictions.safetensors")
+    names = json.loads((run / "model.json").read_text())["classes"]
+    last = f"task_{CLASSES // 2 - 1}"
+    labels = [names[int(c)] for c in file[f"{last}.predictions"]]
+    return labels, file[f"{last}.confidences"].numpy()
+
+
+def softmax_at_prediction(scores: np.ndarray) -> np.ndarray:
+    powers = np.exp(scores.astype(np.float64) - scores.max(1, keepdims=True))
+    shares: np.ndarray = powers.max(1) / powers.sum(1)
+    return shares
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_predicts_what_its_run_tested(runs: dict[str, Path], method: str) -> None:
+    model = ntkcl.load(runs[method])
+    labels, scores = model.predict(pixels_of_test())
+    expected, confidences = recorded(runs[method])
+    assert labels == expected
+    assert scores.shape == (CLASSES * TEST, CLASSES)
+    np.testing.assert_allclose(softmax_at_prediction(scores), confidences, rtol=1e-5)
+    assert model.features(pixels_of_test()).shape[0] == CLASSES * TEST
+    assert model.task_sizes == [2, 2, 2]
+    assert model.classes == [str(c) for c in range(CLASSES)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_is_tested_as_its_run_was(runs: dict[str, Path], method: str) -> None:
+    expected = ntkcl.load_result(runs[method]).evaluations[-1]
+    found = ntkcl.evaluate(runs[method], dataset())
+    np.testing.assert_equal(vars(found), vars(expected))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_exported_model_needs_nothing_else(
+    tmp_path: Path, runs: dict[str, Path], method: str
+) -> None:
+    # Protects: one folder that can be given away.
+    run = tmp_path / "run"
+    shutil.copytree(runs[method], run)
+    ntkcl.load(run).export(tmp_path / "given")
+    shutil.rmtree(run)
+    (tmp_path / "given").rename(tmp_path / "elsewhere")
+    model = ntkcl.load(tmp_path / "elsewhere")
+    assert model.predict(pixels_of_test()).labels == recorded(runs[method])[0]
+    names = {path.name for path in (tmp_path / "elsewhere").iterdir()}
+    assert names == {"model.json", "config.toml", "state.safetensors", "backbone.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere"}
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def test_images_come_as_paths_folders_arrays_and_lists(
+    tmp_path: Path, runs: dict[str, Path]
+) -> None:
+    model = ntkcl.load(runs["simple-cil"])
+    pixels = pixels_of_test()[:4]
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    paths = [tmp_path / "folder" / name for name in ("b.png", "deep/a.png")]
+    for path, image in zip(paths, pixels[:2], strict=True):
+        Image.fromarray(image).save(path)
+    (tmp_path / "folder" / "notes.txt").write_text("no image")
+    expected = model.predict(pixels).scores
+    whole = model.predict([str(paths[0]), paths[1], pixels[2], Image.fromarray(pixels[3])])
+    np.testing.assert_allclose(whole.scores, expected, atol=1e-6)
+    np.testing.assert_allclose(model.predict(tmp_path / "folder").scores, expected[:2], atol=1e-6)
+    np.testing.assert_allclose(model.predict(pixels[0]).scores, expected[:1], atol=1e-6)
+    grey = np.full((9, 9), 128, np.uint8)
+    np.testing.assert_allclose(
+        model.predict([grey, pixels[1]]).scores[:1],
+        model.predict(np.repeat(grey[..., None], 3, 2)).scores,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ("nowhere.png", FileNotFoundError, "no such file: 'nowhere.png'"),
+        ([], ValueError, "at least one image, got none"),
+        (np.zeros((2, 2, 3), np.float32), TypeError, "expected uint8 pixels, got float32"),
+        (np.zeros((2, 2, 5), np.uint8), ValueError, r"got \(1, 2, 2, 5\)"),
+        (7, TypeError, "a list of these, got int"),
+    ],
+)
+def test_what_is_no_image_is_refused(
+    runs: dict[str, Path], images: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ntkcl.load(runs["simple-cil"]).predict(images)
+
+
+def test_a_corrupt_image_and_an_empty_folder_are_named(
+    tmp_path: Path, runs: dict[str, Path]
+) -> None:
+    model = ntkcl.load(runs["simple-cil"])
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"bad\.png"):
+        model.predict(tmp_path / "bad.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no image in the folder"):
+        model.predict(tmp_path / "empty")
+
+
+def test_a_data_set_with_other_classes_is_refused(runs: dict[str, Path]) -> None:
+    images, labels = dataset()["test"]
+    other = {split: (images, np.where(labels == 0, 77, labels)) for split in ("train", "test")}
+    with pytest.raises(ValueError, match="expected classes that the model knows, got 77"):
+        ntkcl.evaluate(runs["simple-cil"], other)
+
+
+# ---- another task --------------------------------------------------------------------------------
+
+
+def new_classes(first: int, count: int, per_class: int, noise: int) -> dict[str, np.ndarray]:
+    images, labels = images_of(CLASSES, per_class, np.random.default_rng(noise))
+    return {str(c): images[labels == c] for c in range(first, first + count)}
+
+
+def first_classes(count: int) -> dict[str, Any]:
+    return {
+        split: tuple(part[dataset()[split][1] < count] for part in dataset()[split])
+        for split in ("train", "test")
+    }
+
+
+@pytest.mark.parametrize("method", ["lorac-ipc", "raa", "simple-cil"])
+def test_a_model_goes_on_learning_as_a_longer_run_would(
+    tmp_path: Path, runs: dict[str, Path], method: str
+) -> None:
+    # NTK-CL is not here: it averages into its frozen lists after every task but the last.
+    keys = NATURAL | METHODS[method]
+    train(tmp_path / "short", first_classes(4), method=method, **keys)
+    model = ntkcl.load(tmp_path / "short")
+    images, labels = dataset()["train"]
+    new = {str(c): images[labels == c] for c in (4, 5)}
+    tested, test_labels = dataset()["test"]
+    test = {str(c): tested[test_labels == c] for c in range(CLASSES)}
+    found = model.add_task(new, test=test)
+    assert found is not None
+    np.testing.assert_equal(vars(found), vars(ntkcl.load_result(runs[method]).evaluations[-1]))
+    whole = load_file(runs[method] / "state.safetensors")
+    extended = load_file(tmp_path / "short" / "task-3" / "state.safetensors")
+    for name, tensor in whole.items():
+        if name not in ("class_ids",):
+            assert extended[name].equal(tensor), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tasks_are_added_and_saved_one_after_another(
+    tmp_path: Path, runs: dict[str, Path], method: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[method], run)
+    model = ntkcl.load(run)
+    noise = np.random.default_rng(3).integers(0, 256, (2, TRAIN, 32, 32, 3), np.uint8)
+    assert model.add_task({"ant": noise[0]}, epochs=2) is None
+    model.add_task({"bee": list(noise[1])})
+    assert model.task_sizes == [2, 2, 2, 1, 1]
+    assert model.classes[-2:] == ["ant", "bee"]
+    again = ntkcl.load(run / "task-5")
+    assert again.classes == model.classes
+    np.testing.assert_array_equal(
+        again.predict(pixels_of_test()).scores, model.predict(pixels_of_test()).scores
+    )
+    assert again.predict(pixels_of_test()).scores.shape[1] == CLASSES + 2
+    assert ntkcl.load(run).classes == model.classes[:-2]  # the run itself stays
+
+
+def test_a_folder_of_new_classes_is_learned(tmp_path: Path, runs: dict[str, Path]) -> None:
+    for name, images in new_classes(0, 2, 3, noise=5).items():
+        folder = tmp_path / "new" / f"class {name}"
+        folder.mkdir(parents=True)
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(folder / f"{number}.png")
+    model = ntkcl.load(runs["simple-cil"])
+    model.add_task(tmp_path / "new", output=tmp_path / "extended")
+    assert ntkcl.load(tmp_path / "extended").classes[-2:] == ["class 0", "class 1"]
+
+
+@pytest.mark.parametrize(
+    ("images", "keys", "message"),
+    [
+        ({"0": pixels_of_test()}, {}, "expected new classes, got 0 again"),
+        ({}, {}, "expected at least one class"),
+        ({"new": []}, {}, "class 'new': expected at least one image"),
+        ({"new": pixels_of_test()}, {"epoch": 3}, "'epoch': expected an option of training"),
+        (
+            {"new": pixels_of_test()},
+            {"test": {"x": pixels_of_test()}},
+            "old and new classes, got x",
+        ),
+        ({"new": [pixels_of_test()[0], np.zeros((5, 5, 3), np.uint8)]}, {}, "got both or 2 sizes"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused(
+    tmp_path: Path, runs: dict[str, Path], images: Any, keys: dict[str, Any], message: str
+) -> None:
+    model = ntkcl.load(runs["simple-cil"])
+    before = model.classes.copy()
+    with pytest.raises(ValueError, match=message):
+        model.add_task(images, output=tmp_path / "out", **keys)
+    assert model.classes == before
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- what is damaged -----------------------------------------------------------------------------
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda f: (f / "model.json").unlink(), FileNotFoundError, "finish it with `ntkcl resume`"),
+        (lambda f: (f / "model.json").write_text("{"), ValueError, "is damaged"),
+        (lambda f: (f / "model.json").write_text("[" * 100000), ValueError, "is damaged"),
+        (lambda f: change(f / "model.json", format=2), ValueError, "expected format 1, got 2"),
+        (lambda f: change(f / "model.json", classes=["a"]), ValueError, "expected tasks of 1"),
+        (lambda f: change(f / "model.json", more=1), ValueError, "is damaged"),
+        (lambda f: change(f / "model.json", weights_sha256="0"), ValueError, "of SHA-256 0, got"),
+        (lambda f: (f / "state.safetensors").write_bytes(b""), ValueError, "checksum does not fit"),
+        (lambda f: (f / "state.safetensors").unlink(), FileNotFoundError, "is missing"),
+    ],
+)
+def test_a_damaged_model_is_refused(
+    tmp_path: Path, runs: dict[str, Path], damage: Any, error: type[Exception], message: str
+) -> None:
+    shutil.copytree(runs["simple-cil"], tmp_path / "run")
+    damage(tmp_path / "run")
+    with pytest.raises(error, match=message):
+        ntkcl.load(tmp_path / "run")
+
+
+def test_nothing_is_overwritten(tmp_path: Path, runs: dict[str, Path]) -> None:
+    model = ntkcl.load(runs["simple-cil"])
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="expected a new folder, got"):
+        model.export(tmp_path / "there")
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ntkcl", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ntkcl.train(
+        method="simple-cil", train_per_class=4, test_per_class=3, output=run, progress=False
+    )
+    done = command("evaluate", run)
+    assert done.returncode == 0, done.stderr
+    assert "top1" in done.stdout
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "black.png")
+    done = command("predict", run, tmp_path / "black.png", tmp_path / "black.png")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == [str(tmp_path / "black.png")] * 2
+    assert lines[0][1] in [str(digit) for digit in range(10)]
+    assert command("predict", run, tmp_path / "none.png").returncode == 2
