@@ -11,6 +11,7 @@ from ntkcl.api import info, list_datasets, list_methods, resume, train
 from ntkcl.backbones import list_backbones
 from ntkcl.config import Config
 from ntkcl.presets import list_presets
+from ntkcl.reporting import report
 from ntkcl.result import Evaluation, Result, load_result
 
 __version__: str = _C.__version__
@@ -24,6 +25,7 @@ __all__ = [
     "list_methods",
     "list_presets",
     "load_result",
+    "report",
     "resume",
     "train",
 ]

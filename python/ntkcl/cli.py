@@ -5,6 +5,7 @@
     ntkcl train --config c.toml --ntk-cl.eta 0.03
     ntkcl train --output runs/a --resume     go on with the run there, or begin it
     ntkcl resume runs/a
+    ntkcl report runs/a runs/b --output report.html
     ntkcl methods | datasets | presets | backbones | info
 
 What is wrong in what was given ends as one line on stderr with exit code 2, Ctrl-C with 130.
@@ -24,9 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 import ntkcl
-from ntkcl import _C, config
+from ntkcl import _C, config, reporting
 from ntkcl.api import run
 from ntkcl.backbones import backbone_info
+from ntkcl.comparison import Table as Comparison
+from ntkcl.comparison import compare
 from ntkcl.datasets import KNOWN_DATASETS
 from ntkcl.names import did_you_mean
 from ntkcl.presets import PRESETS, PUBLISHED, PUBLISHED_TASK_MEANS
@@ -80,10 +83,10 @@ def _fail(error: BaseException, code: int) -> int:
 def _train(words: list[str]) -> None:
     """Train a method on a sequence of tasks and write a run folder."""
     file, given = parse_train(words)
-    _report(run(config.resolve(given, file)))
+    _show(run(config.resolve(given, file)))
 
 
-def _report(result: Result) -> None:
+def _show(result: Result) -> None:
     made = result.config
     console = Console()
     console.print(result_table(result))
@@ -106,7 +109,7 @@ def _resume(words: list[str]) -> None:
     )
     if unknown:
         raise ValueError(f"[ntkcl] unknown argument '{unknown[0]}'; see `ntkcl resume --help`")
-    _report(ntkcl.resume(parsed.run, data_root=parsed.data_root, weights=parsed.weights))
+    _show(ntkcl.resume(parsed.run, data_root=parsed.data_root, weights=parsed.weights))
 
 
 @dataclasses.dataclass
@@ -118,6 +121,56 @@ class _Resume:
     weights: Annotated[
         str | None, tyro.conf.arg(help="safetensors file of the backbone, if it has moved")
     ] = None
+
+
+def _write_report(words: list[str]) -> None:
+    """Compare finished runs: tables, plots, CSV and LaTeX."""
+    _check_values(words, {"output"})
+    parsed, unknown = tyro.cli(
+        _Report,
+        args=words,
+        prog="ntkcl report",
+        description=_write_report.__doc__,
+        return_unknown_args=True,
+    )
+    if unknown:
+        raise ValueError(f"[ntkcl] unknown argument '{unknown[0]}'; see `ntkcl report --help`")
+    path = reporting.checked_output(parsed.output)
+    tables = compare(parsed.runs, parsed.together)
+    reporting.write(tables, path)
+    _show_tables(tables)
+    print(f"  in {path}, {path.with_suffix('.csv').name}, {path.with_suffix('.tex').name}")
+
+
+def _show_tables(tables: Sequence[Comparison]) -> None:
+    console = Console()
+    columns = reporting.quoted_columns()
+    for number, table in enumerate(tables, start=1):
+        lines = [reporting.table_title(number, tables), *reporting.notes(tables, number)]
+        for line in lines:
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        _print_table(
+            ["method", "seeds", *(column.title for column in columns)],
+            [
+                [group.name, group.seeds, *(reporting.spread_text(group, c) for c in columns)]
+                for group in table.groups
+            ],
+        )
+
+
+@dataclasses.dataclass
+class _Report:
+    runs: Annotated[
+        tyro.conf.Positional[list[str]],
+        tyro.conf.arg(metavar="RUN ...", help="run folders, or folders that hold some"),
+    ] = dataclasses.field(default_factory=list)
+    output: Annotated[
+        str, tyro.conf.arg(metavar="FILE", help="HTML file; .csv and .tex go beside it")
+    ] = "report.html"
+    together: Annotated[
+        tyro.conf.FlagCreatePairsOff[bool],
+        tyro.conf.arg(help="one table for runs of different protocols"),
+    ] = False
 
 
 def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
@@ -274,6 +327,7 @@ def _backbones(_: list[str]) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "resume": _resume,
+    "report": _write_report,
     "info": _info,
     "methods": _methods,
     "datasets": _datasets,

@@ -148,7 +148,7 @@ class RunFolder:
         about = {"ntkcl.method": result.config.method}  # of two keys the order would change
         for name, tensors in (("state", raw["state"]), ("predictions", predictions)):
             write_atomically(self.path / f"{name}.safetensors", safetensors_bytes(tensors, about))
-        from ntkcl.report import png
+        from ntkcl.figures import png
 
         write_atomically(self.path / "accuracy.png", png(result))
         write_atomically(self.path / "result.json", _json(result.to_dict()))
