@@ -79,8 +79,8 @@ class Run:
         last = self.result.evaluations[-1]
         diagonal = np.diagonal(self.result.accuracy_matrix)
         return {
-            **dict.fromkeys(_LATE, math.nan),
             **numbers,
+            **{name: numbers.get(name, math.nan) for name in _LATE},
             "top5": last.top5,
             "task_id": last.task_id,
             "within_task": last.within_task,
@@ -184,13 +184,10 @@ def compare(runs: Runs | Iterable[Runs], together: bool = False) -> list[Table]:
             tables.append([group])
         else:
             table.append(group)
-    return [
-        Table(
-            _told_apart(table),
-            _all_differences(table) if together else _differences(table[0], groups[0]),
-        )
-        for table in tables
-    ]
+    named = [_told_apart(table) for table in tables]
+    if together:
+        return [Table(named[0], _all_differences(named[0]))]
+    return [Table(table, _differences(table[0], groups[0])) for table in named]
 
 
 def task_confusion(
@@ -279,6 +276,8 @@ def _read(folder: Path) -> Run:
         if (folder / "environment.json").is_file():
             environment = json.loads((folder / "environment.json").read_bytes())
         confusion, ece = _of_predictions(folder, result, len(environment.get("classes") or ()))
+    except KeyError as error:
+        raise ValueError(f"[report] expected {error} in '{folder / 'result.json'}'") from None
     except (ValueError, TypeError) as error:
         error.add_note(f"in the run '{folder}'")
         raise
@@ -340,7 +339,7 @@ def _told_apart(groups: Sequence[Group]) -> tuple[Group, ...]:
     for group, text in zip(groups, texts, strict=True):
         others = alike[group.config.method, group.config.variant]
         differs = [key for key in text if any(other[key] != text[key] for other in others)]
-        settings = ", ".join(f"{key} {text[key]}" for key in differs)
+        settings = ", ".join(f"{key.rpartition('.')[2]} {text[key]}" for key in differs)
         named.append(dataclasses.replace(group, settings=settings))
     return tuple(named)
 
@@ -365,7 +364,7 @@ def _traits(run: Run) -> dict[str, tuple[str, str]]:
     return {
         "images": (images, f"{_shown(config.dataset)} ({images[:12]})"),
         **{key: (json.dumps(value), _shown(value)) for key, value in values.items()},
-        "weights": (weights, weights[:12]),
+        "weights sha256": (weights, weights[:12]),
     }
 
 

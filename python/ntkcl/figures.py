@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ _GRID = "#d9dee5"
 _COLORS = (_LINE, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4b4b4b")
 _STROKES = ("-", "--", ":", "-.")
 _NUMBERED = 12  # tasks up to which a matrix shows its numbers
-_NAME = 44  # characters of a name in a figure
+_NAME = 100  # characters of a name in a figure
 
 
 def accuracy_figure(result: Result) -> Figure:
@@ -44,8 +45,9 @@ def accuracy_figure(result: Result) -> Figure:
 
 def curves_figure(groups: Sequence[Group]) -> Figure:
     """A_t over the tasks of each group: the mean, in a band of one standard deviation."""
-    legend_rows = math.ceil(len(groups) / 2)
-    figure = _figure(8.6, 4.4 + 0.22 * legend_rows)
+    names = [_short(group.name) for group in groups]
+    columns = 1 if max(map(len, names)) > _NAME / 2 else 2
+    figure = _figure(8.6, 4.2 + 0.2 * math.ceil(len(groups) / columns))
     axes = figure.subplots()
     lows, handles = [], []
     for index, group in enumerate(groups):
@@ -62,9 +64,8 @@ def curves_figure(groups: Sequence[Group]) -> Figure:
         axes.fill_between(tasks, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
         lows.append(float(np.min(mean - spread)))
     _style_curve(axes, max(len(group.curve[0]) for group in groups), min(lows))
-    names = [_short(group.name) for group in groups]
     legend = figure.legend(
-        handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=8
+        handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -73,7 +74,8 @@ def curves_figure(groups: Sequence[Group]) -> Figure:
 
 def forgetting_figure(groups: Sequence[Group]) -> Figure:
     """Forgetting of each group: the mean, with one standard deviation."""
-    figure = _figure(8.6, 1.0 + 0.42 * len(groups))
+    names = [textwrap.fill(_short(group.name), 36) for group in groups]
+    figure = _figure(8.6, 1.0 + sum(0.3 + 0.14 * name.count("\n") for name in names))
     axes = figure.subplots()
     ends = [0.0]
     for index, group in enumerate(groups):
@@ -88,7 +90,7 @@ def forgetting_figure(groups: Sequence[Group]) -> Figure:
         ends += [mean - spread, mean + spread]
         text = f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
         _beside(axes, max(mean + spread, 0.0), index, text)
-    axes.set_yticks(range(len(groups)), [_short(group.name) for group in groups], fontsize=8)
+    axes.set_yticks(range(len(groups)), names, fontsize=8)
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
     axes.set_ylim(len(groups) - 0.5, -0.5)
@@ -102,8 +104,8 @@ def forgetting_figure(groups: Sequence[Group]) -> Figure:
 def matrices_figure(group: Group) -> Figure:
     """Left: the accuracy matrix. Right: which task the test images of a task were taken for. Both
     are means over the runs."""
-    figure = _figure(10.0, 4.4)
-    accuracies, confusion = figure.subplots(1, 2)
+    figure = _figure(10.4, 4.4)
+    accuracies, confusion = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06})
     _draw_accuracies(accuracies, group.accuracy_matrix)
     if np.isnan(group.task_confusion).all():
         confusion.axis("off")

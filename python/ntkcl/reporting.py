@@ -54,10 +54,16 @@ COLUMNS = (
     Column("new_classes", "new classes", "accuracy on each task right after it, mean (%)"),
     Column("task_id", "task id", "test images predicted as a class of their own task (%)"),
     Column("ece", "ECE", "expected calibration error, 15 bins, after the last task (%)"),
-    Column("images_per_second", "images/s", "images trained on per second", "{:.0f}".format),
-    Column("minutes", "minutes", "wall time of the whole run", "{:.1f}".format),
+    Column("images_per_second", "images per second", "of training steps", "{:.0f}".format),
+    Column("minutes", "minutes", "wall time of the whole run"),
     Column("trainable_parameters", "trainable", "trained parameters", _millions, False),
-    Column("stored_parameters", "stored", "parameters kept for prediction", _millions, False),
+    Column(
+        "stored_parameters",
+        "stored",
+        "parameters stored beside the frozen backbone",
+        _millions,
+        False,
+    ),
     Column("peak_memory", "memory", "peak memory", _gibibytes, False),
 )
 _QUOTED = ("final_accuracy", "average_accuracy", "forgetting")  # in terminals and in LaTeX
@@ -214,13 +220,14 @@ def _line(text: str) -> str:
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8881; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 88rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap; }
-th { border-bottom: 2px solid var(--line); } td { border-bottom: 1px solid var(--line); }
-.name { text-align: left; white-space: normal; min-width: 6rem; }
+table { border-collapse: collapse; font-size: 0.83rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.25rem 0.5rem; text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid var(--line); white-space: normal; vertical-align: bottom; }
+td { border-bottom: 1px solid var(--line); }
+.name { text-align: left; white-space: normal; } td.name:first-child { min-width: 9rem; }
 .note { background: var(--soft); border-left: 4px solid #d55e00; padding: 0.4rem 0.8rem; }
 .about { font-size: 0.87rem; opacity: 0.85; overflow-wrap: anywhere; }
 img { max-width: 100%; background: #fff; border-radius: 6px; margin: 0.3rem 0; }
@@ -246,7 +253,7 @@ def _section(tables: Sequence[Table], number: int) -> str:
 
     table = tables[number - 1]
     groups = table.groups
-    common = " · ".join(f"{name} {text}" for name, text in table.protocol.items())
+    common = " · ".join(f"{name} {text}" for name, text in table.protocol.items() if text != "none")
     parts = [f"<h2>{_safe(table_title(number, tables))}</h2>\n"]
     parts += [f'<p class="note">{_safe(note)}</p>\n' for note in notes(tables, number)]
     parts += [
