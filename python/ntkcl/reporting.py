@@ -51,10 +51,15 @@ COLUMNS = (
         "backward transfer",
         "final accuracy minus that right after the task, mean over earlier tasks (%)",
     ),
-    Column("new_classes", "new classes", "accuracy on each task right after it, mean (%)"),
+    Column("new_classes", "new classes", "accuracy right after learning them, mean over tasks (%)"),
     Column("task_id", "task id", "test images predicted as a class of their own task (%)"),
     Column("ece", "ECE", "expected calibration error, 15 bins, after the last task (%)"),
-    Column("images_per_second", "images per second", "of training steps", "{:.0f}".format),
+    Column(
+        "images_per_second",
+        "images per second",
+        "images trained on per second of training",
+        "{:.0f}".format,
+    ),
     Column("minutes", "minutes", "wall time of the whole run"),
     Column("trainable_parameters", "trainable", "trained parameters", _millions, False),
     Column(
@@ -116,7 +121,7 @@ def write(tables: Sequence[Table], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for file, text in files.items():
-            write_atomically(file, text.encode())
+            write_atomically(file, text.encode(errors="replace"))
     except OSError as error:
         raise OSError(f"[report] cannot write to '{path}': {error.strerror}") from None
 
@@ -178,6 +183,7 @@ def to_csv(tables: Sequence[Table]) -> str:
                         key: getattr(run.config, key)
                         for key in ("method", "variant", "dataset", "backbone", "seed")
                     },
+                    "class_order_seed": run.config.class_order_seed,
                     "tasks": len(run.result.evaluations),
                 }
                 numbers = {k: "" if math.isnan(v) else repr(v) for k, v in run.numbers.items()}
