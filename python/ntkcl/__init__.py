@@ -12,6 +12,7 @@ from ntkcl.backbones import list_backbones
 from ntkcl.config import Config
 from ntkcl.model import Model, Predictions, evaluate, load
 from ntkcl.presets import list_presets
+from ntkcl.reporting import report
 from ntkcl.result import Evaluation, Result, load_result
 
 __version__: str = _C.__version__
@@ -29,6 +30,7 @@ __all__ = [
     "list_presets",
     "load",
     "load_result",
+    "report",
     "resume",
     "train",
 ]

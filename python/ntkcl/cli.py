@@ -7,6 +7,7 @@
     ntkcl resume runs/a
     ntkcl evaluate runs/a
     ntkcl predict runs/a cat.jpg folder/
+    ntkcl report runs/a runs/b --output report.html
     ntkcl methods | datasets | presets | backbones | info
 
 What is wrong in what was given ends as one line on stderr with exit code 2, Ctrl-C with 130.
@@ -15,6 +16,7 @@ What is wrong in what was given ends as one line on stderr with exit code 2, Ctr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import keyword
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -26,9 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 import ntkcl
-from ntkcl import _C, config
+from ntkcl import _C, config, reporting
 from ntkcl.api import run
 from ntkcl.backbones import backbone_info
+from ntkcl.comparison import Table as Comparison
+from ntkcl.comparison import compare
 from ntkcl.datasets import KNOWN_DATASETS
 from ntkcl.datasets.loose_images import image_paths
 from ntkcl.names import did_you_mean
@@ -83,10 +87,10 @@ def _fail(error: BaseException, code: int) -> int:
 def _train(words: list[str]) -> None:
     """Train a method on a sequence of tasks and write a run folder."""
     file, given = parse_train(words)
-    _report(run(config.resolve(given, file)))
+    _show(run(config.resolve(given, file)))
 
 
-def _report(result: Result) -> None:
+def _show(result: Result) -> None:
     made = result.config
     console = Console()
     console.print(result_table(result))
@@ -216,7 +220,7 @@ def _resume(words: list[str]) -> None:
     """Go on with a run that was stopped or killed."""
 
     def resume(run: _Run, data_root: _DataRoot = None, weights: _Weights = None) -> None:
-        _report(ntkcl.resume(run, data_root=data_root, weights=weights))
+        _show(ntkcl.resume(run, data_root=data_root, weights=weights))
 
     _call(resume, words, "resume", _resume.__doc__)
 
@@ -262,9 +266,61 @@ def _predict(words: list[str]) -> None:
     _call(predict, words, "predict", _predict.__doc__)
 
 
+def _report(words: list[str]) -> None:
+    """Compare finished runs: tables, plots, CSV and LaTeX."""
+
+    def report(
+        runs: Annotated[
+            tyro.conf.Positional[tuple[str, ...]],
+            tyro.conf.arg(metavar="RUN ...", help="run folders, or folders that hold some"),
+        ],
+        output: Annotated[
+            str, tyro.conf.arg(metavar="FILE", help="HTML file; .csv and .tex go beside it")
+        ] = "report.html",
+        together: Annotated[
+            tyro.conf.FlagCreatePairsOff[bool],
+            tyro.conf.arg(help="one table for runs of different protocols"),
+        ] = False,
+    ) -> None:
+        path = reporting.checked_output(output)
+        tables = compare(runs, together)
+        reporting.write(tables, path)
+        _show_tables(tables)
+        print(f"  in {path}, {path.with_suffix('.csv').name}, {path.with_suffix('.tex').name}")
+
+    _check_values(words, {"output"})
+    _call(report, words, "report", _report.__doc__)
+
+
+def _show_tables(tables: Sequence[Comparison]) -> None:
+    console = Console()
+    columns = reporting.quoted_columns()
+    for number, table in enumerate(tables, start=1):
+        lines = [reporting.table_title(number, tables), *reporting.notes(tables, number)]
+        for line in lines:
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        _print_table(
+            ["method", "seeds", *(column.title for column in columns)],
+            [
+                [group.name, group.seeds, *(reporting.spread_text(group, c) for c in columns)]
+                for group in table.groups
+            ],
+        )
+
+
 def _call(function: Callable[..., None], words: list[str], name: str, doc: str | None) -> None:
-    """Calls it with the arguments in `words`."""
-    tyro.cli(function, args=words, prog=f"ntkcl {name}", description=doc)
+    """Calls it with the arguments in `words`, if it knows them all."""
+
+    @functools.wraps(function)
+    def bind(*values: Any, **named: Any) -> Callable[[], None]:
+        return functools.partial(function, *values, **named)
+
+    bound, unknown = tyro.cli(
+        bind, args=words, prog=f"ntkcl {name}", description=doc, return_unknown_args=True
+    )
+    if unknown:
+        raise ValueError(f"[ntkcl] unknown argument '{unknown[0]}'; see `ntkcl {name} --help`")
+    bound()
 
 
 # ---- What there is -------------------------------------------------------------------------------
@@ -318,6 +374,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "resume": _resume,
     "evaluate": _evaluate,
     "predict": _predict,
+    "report": _report,
     "info": _info,
     "methods": _methods,
     "datasets": _datasets,

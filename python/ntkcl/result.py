@@ -96,7 +96,7 @@ class Result:
 
     def plot(self) -> Figure:
         """Accuracy over the tasks beside the accuracy matrix, as a matplotlib figure."""
-        from ntkcl.report import accuracy_figure
+        from ntkcl.figures import accuracy_figure
 
         return accuracy_figure(self)
 

@@ -163,7 +163,7 @@ class RunFolder:
             raw["task_sizes"],
             environment["weights_sha256"],
         )
-        from ntkcl.report import png
+        from ntkcl.figures import png
 
         write_atomically(self.path / "accuracy.png", png(result))
         write_atomically(self.path / "result.json", _json(result.to_dict()))

@@ -180,7 +180,7 @@ def test_a_list_names_everything(
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == run("--help") == 0
     text = capsys.readouterr().out
-    for command in ("train", "info", "methods", "datasets", "presets", "backbones"):
+    for command in ("train", "report", "info", "methods", "datasets", "presets", "backbones"):
         assert re.search(rf"^  {command} +[A-Z]", text, re.MULTILINE)
     assert run("--version") == 0
     assert capsys.readouterr().out == f"{ntkcl.__version__}\n"

@@ -14,8 +14,8 @@ import fake_core
 import ntkcl
 from ntkcl import _C, Result
 from ntkcl.config import resolve
+from ntkcl.figures import accuracy_figure, png
 from ntkcl.progress import result_table
-from ntkcl.report import accuracy_figure, png
 from ntkcl.result import percent, result_of
 
 
