@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -28,17 +28,27 @@ from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
 from ntkcl.progress import make_progress
 from ntkcl.result import Result, load_result, result_of
 from ntkcl.runfolder import RunFolder
+from ntkcl.tensorboard import TensorBoardLog
 
 logger = logging.getLogger("ntkcl")
 
+Callback = Callable[[dict[str, Any]], object]
 
-def train(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Result:
+
+def train(
+    config: str | os.PathLike[str] | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    **keywords: Any,
+) -> Result:
     """Trains a method on a sequence of tasks, tests it after each, and writes a run folder.
 
     With nothing given it runs the embedded default: NTK-CL on scikit-learn's handwritten digits.
 
     Args:
       config: TOML file with the keys below; keywords win over it.
+      callbacks: functions that are called with every event (what events.jsonl holds); one that
+        returns True asks the run to stop, as Ctrl-C does.
       **keywords: the keys below. A method's own keys are given in its section,
         `ntk_cl={"eta": 0.03}`.
 
@@ -50,11 +60,15 @@ def train(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Resu
     """
     arrays = keywords.get("dataset")
     if not isinstance(arrays, Mapping):
-        return run(resolve(keywords, config))
-    return run(resolve(keywords | {"dataset": ARRAYS}, config), arrays)
+        return run(resolve(keywords, config), callbacks=callbacks)
+    return run(resolve(keywords | {"dataset": ARRAYS}, config), arrays, callbacks)
 
 
-def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result:
+def run(
+    config: Config,
+    arrays: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
     """Runs a resolved configuration; `arrays` are the images of dataset "arrays"."""
     if config.dataset == ARRAYS and arrays is None:
         raise ValueError(
@@ -68,7 +82,7 @@ def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result:
             raise ValueError("[config] 'resume': expected an 'output' to go on with, got none")
         config = config.model_copy(update={"resume": False})
         if RunFolder.is_run(Path(str(config.output)).expanduser()):
-            return _go_on(config, arrays)
+            return _go_on(config, arrays, callbacks)
     folder = RunFolder.reserve(config)
     try:
         trainer, environment = _prepare(config, arrays)
@@ -76,7 +90,7 @@ def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result:
     except BaseException:
         folder.discard()
         raise
-    return _run(config, trainer, folder)
+    return _run(config, trainer, folder, callbacks)
 
 
 def resume(
@@ -86,6 +100,7 @@ def resume(
     data_root: str | os.PathLike[str] | None = None,
     weights: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Goes on with a run that was stopped or killed, from its last checkpoint.
 
@@ -97,6 +112,7 @@ def resume(
       dataset, data_root, weights: where the same images and weights are now, if they have moved;
         arrays are given again.
       progress: whether to show progress; none: as the run was begun.
+      callbacks: as of `train`.
 
     Raises:
       FileNotFoundError: no run there.
@@ -117,7 +133,7 @@ def resume(
         "progress": progress,
     }
     given = {key: value for key, value in moved.items() if value is not None}
-    return _go_on(resolve(given, path / "config.toml"), arrays)
+    return _go_on(resolve(given, path / "config.toml"), arrays, callbacks)
 
 
 def list_methods() -> list[str]:
@@ -146,7 +162,9 @@ def info() -> dict[str, str]:
     }
 
 
-def _go_on(config: Config, arrays: Mapping[str, Any] | None) -> Result:
+def _go_on(
+    config: Config, arrays: Mapping[str, Any] | None, callbacks: Sequence[Callback]
+) -> Result:
     """The run in `config.output`, which holds one."""
     path = Path(str(config.output)).expanduser()
     _check_same(config, resolve(file=path / "config.toml"))
@@ -159,7 +177,7 @@ def _go_on(config: Config, arrays: Mapping[str, Any] | None) -> Result:
         trainer, environment = _prepare(config, arrays)
         _check_environment(environment, folder.environment())
         folder.go_back(checkpoint.log_bytes if checkpoint else 0)
-        return _run(config, trainer, folder, checkpoint)
+        return _run(config, trainer, folder, callbacks, checkpoint)
 
 
 def _check_same(config: Config, begun: Config) -> None:
@@ -174,7 +192,7 @@ def _check_same(config: Config, begun: Config) -> None:
 
 
 # Places and speed; that the images and weights are the same is seen by their hashes.
-_MAY_CHANGE = {"output", "resume", "progress", "data_root", "dataset", "weights"}
+_MAY_CHANGE = {"output", "resume", "progress", "tensorboard", "data_root", "dataset", "weights"}
 _MAY_CHANGE |= {"loader_threads", "prefetch", "checkpoint_minutes", "checkpoint_steps"}
 
 
@@ -210,16 +228,25 @@ def _prepare(config: Config, arrays: Mapping[str, Any] | None) -> tuple[_C.Train
 
 
 def _run(
-    config: Config, trainer: _C.Trainer, folder: RunFolder, checkpoint: Checkpoint | None = None
+    config: Config,
+    trainer: _C.Trainer,
+    folder: RunFolder,
+    callbacks: Sequence[Callback],
+    checkpoint: Checkpoint | None = None,
 ) -> Result:
     try:
         with folder, make_progress(config.progress) as progress, _StopSignal() as stop:
+            listeners = [*callbacks]
+            if config.tensorboard:
+                listeners.append(TensorBoardLog(folder.path / "tensorboard"))
 
             def on_event(event: dict[str, Any]) -> None:
                 folder.record(event)
                 if event["event"] == "warning":
                     logger.warning(event["message"])
                 progress(event)
+                if True in [listener(event) for listener in listeners]:
+                    stop.ask()
 
             raw = trainer.run(
                 on_event, stop, folder.save, checkpoint.for_core() if checkpoint else None
@@ -331,8 +358,12 @@ class _StopSignal:
     def __call__(self) -> bool:
         return self._asked
 
-    def _ask(self, _signal: int, _frame: FrameType | None) -> None:
+    def ask(self) -> None:
+        """Stops the run after the step under way."""
         self._asked = True
+
+    def _ask(self, _signal: int, _frame: FrameType | None) -> None:
+        self.ask()
         for number in self._before:
             signal.signal(number, signal.default_int_handler)
 

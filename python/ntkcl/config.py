@@ -87,6 +87,9 @@ class Config(BaseModel):
         False, description="go on with the run in `output`, or begin it where there is none"
     )
     progress: bool = Field(True, description="show progress")
+    tensorboard: bool = Field(
+        False, description="write for TensorBoard, too; needs `pip install ntkcl[tensorboard]`"
+    )
 
     def train_options(self) -> dict[str, Any]:
         """Options of the task loop under their C++ names."""

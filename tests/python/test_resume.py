@@ -373,3 +373,44 @@ def test_killed_runs_end_as_if_nothing_had_been() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills" in done.stdout
+
+
+# ---- who listens ---------------------------------------------------------------------------------
+
+
+def test_a_callback_hears_every_event_and_can_stop_the_run(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", **KEYS)
+    seen: list[dict[str, Any]] = []
+
+    def stop_in_the_second_task(event: dict[str, Any]) -> bool:
+        seen.append(event)
+        return event["event"] == "step" and event["task"] == 1
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", **KEYS, callbacks=[stop_in_the_second_task])
+    assert [event["step"] for event in seen if event["event"] == "step"][-1] == 0
+    resume(tmp_path / "run", callbacks=[seen.append])
+    assert differences(whole.output, tmp_path / "run") == []
+    assert {"run_begin", "task_begin", "step", "epoch", "evaluation", "resume", "task_end"} <= {
+        event["event"] for event in seen
+    }
+
+
+def test_a_failing_callback_ends_the_run(tmp_path: Path) -> None:
+    def fail(event: dict[str, Any]) -> None:
+        raise RuntimeError("of the callback")
+
+    with pytest.raises(RuntimeError, match="of the callback"):
+        train(tmp_path / "run", callbacks=[fail])
+
+
+def test_tensorboard_shows_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = stopped(tmp_path / "run", monkeypatch, after=13, tensorboard=True)
+    resume(run)
+    found = reading.EventAccumulator(str(run / "tensorboard")).Reload()
+    steps = [scalar.step for scalar in found.Scalars("loss/total")]
+    assert steps == sorted(set(steps))
+    log = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert len(steps) == sum(event["event"] == "step" for event in log)
+    assert len(found.Scalars("accuracy/top1")) == 3
