@@ -31,6 +31,11 @@ OptionMap option_map(const py::dict& values, const std::string& where);
 py::dict option_dict(const OptionMap& values);
 
 methods::VisitFn visit_of(methods::Method& method);
+// A method whose hooks are those of a Python object; ValueError/TypeError for one that does not
+// fit.
+std::unique_ptr<methods::Method> make_python_method(py::object object,
+                                                    const nn::VisionTransformer& vit,
+                                                    methods::RandomSource& random);
 // Draws that fn(purpose, task, step, list, layer) gives; None: drawn from the seed.
 std::unique_ptr<methods::RandomSource> recorded_random(uint64_t seed, py::function fn);
 

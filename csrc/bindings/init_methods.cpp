@@ -227,7 +227,7 @@ void init_methods(py::module_& m) {
       .def(
           "load_state",
           [](MethodSession& s, const methods::State& state) {
-            methods::load_state(visit_of(s.method()), state, {.whole = false});
+            methods::load_state(visit_of(s.method()), state, {.whole = false, .same_types = false});
           },
           py::arg("state"));
 }

@@ -77,8 +77,20 @@ py::dict result_dict(const train::RunResult& result, train::Trainer& trainer) {
   return dict;
 }
 
+// Of a name and its options, or of an object with the hooks of a method.
+methods::MakeMethod maker_of(const py::object& method, const py::dict& options) {
+  if (py::isinstance<py::str>(method)) {
+    const auto name = method.cast<std::string>();
+    return methods::make_method(name, option_map(options, methods::find_method(name).section));
+  }
+  return [method](const nn::VisionTransformer& vit, int64_t, methods::RandomSource& random) {
+    const py::gil_scoped_acquire gil;
+    return make_python_method(method, vit, random);
+  };
+}
+
 std::unique_ptr<train::Trainer> make_trainer(
-    const std::string& method, const py::dict& method_options, const py::dict& train_options,
+    const py::object& method, const py::dict& method_options, const py::dict& train_options,
     const nn::VisionTransformer& backbone, const py::dict& dataset, const py::dict& transform,
     const py::dict& loader, const std::vector<double>& mean, const std::vector<double>& std,
     const std::optional<py::function>& draws) {
@@ -97,10 +109,9 @@ std::unique_ptr<train::Trainer> make_trainer(
   apply(option_map(transform, "transform"), data.transform, "transform");
   apply(option_map(loader, "loader"), data.loader, "loader");
   auto random = draws ? recorded_random(static_cast<uint64_t>(options.seed), *draws) : nullptr;
-  const OptionMap values = option_map(method_options, methods::find_method(method).section);
+  const methods::MakeMethod make = maker_of(method, method_options);
   const py::gil_scoped_release release;
-  return std::make_unique<train::Trainer>(method, values, options, backbone, data,
-                                          std::move(random));
+  return std::make_unique<train::Trainer>(make, options, backbone, data, std::move(random));
 }
 
 // {"progress": {key: value}, "tensors": {name: tensor}}.
@@ -119,6 +130,10 @@ train::Checkpoint checkpoint_of(const py::dict& dict) {
   auto read = [&](const char* key, auto& value) {
     NTKCL_CHECK(progress.contains(key), "resume", "expected the key '", key, "', got none");
     try {
+      using Value = std::decay_t<decltype(value)>;
+      if (py::isinstance<py::bool_>(progress[key]) && !std::is_same_v<Value, bool>) {
+        throw py::cast_error("a truth value");
+      }
       value = progress[key].cast<std::decay_t<decltype(value)>>();
     } catch (const py::cast_error&) {
       NTKCL_FAIL(ValueError, "resume", "'", key, "': expected another kind of value, got ",
@@ -167,7 +182,7 @@ py::dict run(train::Trainer& trainer, const std::optional<py::function>& on_even
 }
 
 std::unique_ptr<train::Predictor> make_predictor(
-    const std::string& method, const py::dict& method_options, const py::dict& train_options,
+    const py::object& method, const py::dict& method_options, const py::dict& train_options,
     const nn::VisionTransformer& backbone, int64_t tasks, const py::dict& transform,
     const py::dict& loader, const std::vector<double>& mean, const std::vector<double>& std,
     const methods::State& state) {
@@ -176,10 +191,10 @@ std::unique_ptr<train::Predictor> make_predictor(
   train::Predictor::Input input{.transform = {}, .loader = {}, .mean = mean, .std = std};
   apply(option_map(transform, "transform"), input.transform, "transform");
   apply(option_map(loader, "loader"), input.loader, "loader");
-  const OptionMap values = option_map(method_options, methods::find_method(method).section);
+  const methods::MakeMethod make = maker_of(method, method_options);
   const py::gil_scoped_release release;
-  return std::make_unique<train::Predictor>(method, values, options, backbone, tasks,
-                                            std::move(input), state);
+  return std::make_unique<train::Predictor>(make, options, backbone, tasks, std::move(input),
+                                            state);
 }
 
 py::dict describe_options() {
@@ -240,7 +255,8 @@ void init_train(py::module_& m) {
       .def(
           "load_state",
           [](train::Trainer& t, const methods::State& state, bool partial) {
-            methods::load_state(visit_of(t.method()), state, {.whole = !partial});
+            methods::load_state(visit_of(t.method()), state,
+                                {.whole = !partial, .same_types = false});
           },
           py::arg("state"), py::arg("partial") = false,
           "Of every tensor of the method; or of some, and the others stay as they are.")

@@ -528,7 +528,7 @@ class Predictor:
     """
     def __init__(
         self,
-        method: str,
+        method: typing.Any,
         method_options: dict,
         train_options: dict,
         backbone: VisionTransformer,
@@ -554,7 +554,7 @@ class Trainer:
     """
     def __init__(
         self,
-        method: str,
+        method: typing.Any,
         method_options: dict,
         train_options: dict,
         backbone: VisionTransformer,

@@ -10,6 +10,7 @@ from ntkcl import _C as _C
 from ntkcl.api import info, list_datasets, list_methods, resume, train
 from ntkcl.backbones import list_backbones
 from ntkcl.config import Config
+from ntkcl.methods import Method, Task, register
 from ntkcl.model import Model, Predictions, evaluate, load
 from ntkcl.presets import list_presets
 from ntkcl.reporting import report
@@ -19,9 +20,11 @@ __version__: str = _C.__version__
 __all__ = [
     "Config",
     "Evaluation",
+    "Method",
     "Model",
     "Predictions",
     "Result",
+    "Task",
     "evaluate",
     "info",
     "list_backbones",
@@ -30,6 +33,7 @@ __all__ = [
     "list_presets",
     "load",
     "load_result",
+    "register",
     "report",
     "resume",
     "train",

@@ -25,6 +25,7 @@ from ntkcl.backbones import Weights, backbone_info, load_backbone
 from ntkcl.checkpoints import Checkpoint
 from ntkcl.config import ARRAYS, Config, cautions, resolve
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
+from ntkcl.methods import Method, core_method, register_object, registered
 from ntkcl.progress import make_progress
 from ntkcl.result import Result, load_result, result_of
 from ntkcl.runfolder import RunFolder
@@ -47,6 +48,7 @@ def train(
 
     Args:
       config: TOML file with the keys below; keywords win over it.
+      method: also an object of an own class, see `ntkcl.Method`.
       callbacks: functions that are called with every event (what events.jsonl holds); one that
         returns True asks the run to stop, as Ctrl-C does.
       **keywords: the keys below. A method's own keys are given in its section,
@@ -58,6 +60,9 @@ def train(
       FloatingPointError: a loss is not finite. What was finished stays in the run folder.
       KeyboardInterrupt: Ctrl-C or SIGTERM, after the current step. `resume` goes on from there.
     """
+    own = keywords.get("method")
+    if isinstance(own, Method):
+        keywords["method"] = register_object(own)
     arrays = keywords.get("dataset")
     if not isinstance(arrays, Mapping):
         return run(resolve(keywords, config), callbacks=callbacks)
@@ -70,11 +75,7 @@ def run(
     callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Runs a resolved configuration; `arrays` are the images of dataset "arrays"."""
-    if config.dataset == ARRAYS and arrays is None:
-        raise ValueError(
-            '[config] \'dataset\': expected the arrays {"train": (images, labels), "test": ...}, '
-            "as a file does not hold them, got 'arrays'"
-        )
+    _check_arrays(config, arrays)
     for caution in cautions(config):
         warnings.warn(f"[config] {caution}", stacklevel=3)
     if config.resume:
@@ -137,8 +138,8 @@ def resume(
 
 
 def list_methods() -> list[str]:
-    """Names of the methods."""
-    return list(_C.describe_options()["methods"])
+    """Names of the methods, own ones last."""
+    return [*_C.describe_options()["methods"], *registered()]
 
 
 def list_datasets() -> list[str]:
@@ -173,11 +174,27 @@ def _go_on(
         if folder.finished:
             folder.checkpoints.clear()
             return load_result(path)
+        _check_arrays(config, arrays)
         checkpoint = folder.checkpoints.latest()
         trainer, environment = _prepare(config, arrays)
-        _check_environment(environment, folder.environment())
+        _check_environment(config, environment, folder.environment())
         folder.go_back(checkpoint.log_bytes if checkpoint else 0)
         return _run(config, trainer, folder, callbacks, checkpoint)
+
+
+def _check_arrays(config: Config, arrays: Mapping[str, Any] | None) -> None:
+    if config.dataset == ARRAYS and arrays is None:
+        raise ValueError(
+            '[config] \'dataset\': expected the arrays {"train": (images, labels), "test": ...}, '
+            "as a file does not hold them, got 'arrays'"
+        )
+
+
+# Places and speed; that the images and weights are the same is seen by their hashes.
+_MAY_CHANGE = {
+    *("output", "resume", "progress", "tensorboard", "data_root", "dataset", "weights"),
+    *("loader_threads", "prefetch", "checkpoint_minutes", "checkpoint_steps"),
+}
 
 
 def _check_same(config: Config, begun: Config) -> None:
@@ -191,19 +208,14 @@ def _check_same(config: Config, begun: Config) -> None:
             )
 
 
-# Places and speed; that the images and weights are the same is seen by their hashes.
-_MAY_CHANGE = {"output", "resume", "progress", "tensorboard", "data_root", "dataset", "weights"}
-_MAY_CHANGE |= {"loader_threads", "prefetch", "checkpoint_minutes", "checkpoint_steps"}
-
-
-def _check_environment(now: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
+def _check_environment(config: Config, now: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
     for key, what in (("weights_sha256", "weights"), ("dataset_manifest", "images")):
         if now[key] != begun.get(key):
             raise ValueError(
                 f"[resume] expected the {what} that the run was begun with ({key} "
                 f"{begun.get(key)}), got others ({now[key]})"
             )
-    for key in ("ntkcl", "torch", "cpu", "gpu"):
+    for key in ("ntkcl", "torch", "cpu", "gpu", *(["threads"] if config.threads == 0 else [])):
         if now[key] != begun.get(key):
             logger.warning(
                 "[resume] %s: %s, the run was begun with %s: the result may differ from an "
@@ -234,6 +246,7 @@ def _run(
     callbacks: Sequence[Callback],
     checkpoint: Checkpoint | None = None,
 ) -> Result:
+    happened = False
     try:
         with folder, make_progress(config.progress) as progress, _StopSignal() as stop:
             listeners = [*callbacks]
@@ -241,6 +254,8 @@ def _run(
                 listeners.append(TensorBoardLog(folder.path / "tensorboard"))
 
             def on_event(event: dict[str, Any]) -> None:
+                nonlocal happened
+                happened = True
                 folder.record(event)
                 if event["event"] == "warning":
                     logger.warning(event["message"])
@@ -257,7 +272,8 @@ def _run(
         return result
     except BaseException as error:
         note = f"what was finished is in '{folder.path}'"
-        if not isinstance(error, FloatingPointError):  # which would happen again
+        # Not where it would happen again, or nothing has happened yet.
+        if happened and not isinstance(error, FloatingPointError):
             note += f"; go on with `ntkcl resume {folder.path}`"
         error.add_note(note)
         raise
@@ -269,7 +285,7 @@ def _make_trainer(
     backbone = backbone_info(config.backbone)
     transformer = _C.VisionTransformer(weights.tensors, backbone.heads, config.image_size)
     return _C.Trainer(
-        config.method,
+        core_method(config.method),
         config.method_options(),
         config.train_options(),
         transformer,

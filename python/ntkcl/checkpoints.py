@@ -8,11 +8,12 @@ The JSON file is written last: tensors without it are no checkpoint. The last tw
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import safetensors.torch
 import torch
 
 from ntkcl import _C
-from ntkcl.files import remove_temporaries, safetensors_bytes, write_atomically
+from ntkcl.files import remove_temporaries, safetensors_bytes, sync_folder, write_atomically
 
 logger = logging.getLogger("ntkcl")
 
@@ -59,12 +60,9 @@ class _Manifest(pydantic.BaseModel):
 
     def sealed(self) -> bytes:
         """The file's content, its checksum in it."""
-        content = self.model_dump() | {"sha256": self.checksum()}
+        content = self.model_dump()
+        content["sha256"] = _checksum(content)
         return (json.dumps(content, indent=2) + "\n").encode()
-
-    def checksum(self) -> str:
-        content = json.dumps(self.model_dump(exclude={"sha256"}), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
 
 
 class Checkpoints:
@@ -72,10 +70,13 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._damaged: set[int] = set()
 
     def save(self, checkpoint: Mapping[str, Any], log_bytes: int) -> None:
         """Writes one more, and removes all but the last two. OSError leaves those there are."""
-        self.folder.mkdir(exist_ok=True)
+        if not self.folder.exists():
+            self.folder.mkdir()
+            sync_folder(self.folder.parent)
         number = max((number for number, _ in self._files()), default=0) + 1
         content = safetensors_bytes(checkpoint["tensors"], {})
         manifest = _Manifest(
@@ -88,7 +89,8 @@ class Checkpoints:
         )
         write_atomically(self._path(number, "safetensors"), content)
         write_atomically(self._path(number, "json"), manifest.sealed())
-        self._remove(lambda other: other <= number - KEPT)
+        kept = sorted({n for n, kind in self._files() if kind == "json"} - self._damaged)[-KEPT:]
+        self._remove(lambda other: other not in kept)
 
     def latest(self) -> Checkpoint | None:
         """The last one that is whole, none where the run has written none yet.
@@ -103,6 +105,7 @@ class Checkpoints:
                 return self._read(number)
             except _DamagedError as damage:
                 damages.append(str(damage))
+                self._damaged.add(number)
                 logger.warning("[checkpoint] %s; the one before is used", damage)
         if damages:
             raise ValueError(f"[checkpoint] none is whole: {'; '.join(damages)}")
@@ -120,7 +123,8 @@ class Checkpoints:
         if self.folder.is_dir():
             remove_temporaries(self.folder)
             self._remove(lambda _: True)
-            self.folder.rmdir()
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                self.folder.rmdir()
 
     def _path(self, number: int, kind: str) -> Path:
         return self.folder / f"{number:06d}.{kind}"
@@ -131,38 +135,47 @@ class Checkpoints:
         matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return [(int(match[1]), match[2]) for match in matches if match]
 
-    def _remove(self, doomed: Any) -> None:
+    def _remove(self, doomed: Callable[[int], bool]) -> None:
         # JSON files first: what is left of a checkpoint in between is none.
         for number, kind in sorted(self._files(), key=lambda file: file[1]):
             if doomed(number):
                 self._path(number, kind).unlink(missing_ok=True)
 
     def _read(self, number: int) -> Checkpoint:
-        path = self._path(number, "json")
-        try:
-            found = json.loads(path.read_bytes())
-            if isinstance(found, dict) and found.get("format", FORMAT) != FORMAT:
-                raise ValueError(
-                    f"[checkpoint] '{path}': expected format {FORMAT}, got {found['format']}, "
-                    f"written by ntkcl {found.get('ntkcl')}: finish the run with that version, or "
-                    f"remove '{self.folder}' to begin it anew with this one"
-                )
-            manifest = _Manifest.model_validate(found)
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise _DamagedError(f"'{path}' is damaged: {error}") from None
-        except pydantic.ValidationError as error:
-            raise _DamagedError(f"'{path}' is damaged: {error.errors()[0]['msg']}") from None
-        if manifest.checksum() != manifest.sha256:
-            raise _DamagedError(f"'{path}' is damaged: its checksum does not fit")
-        tensors = self._path(number, "safetensors")
+        path, tensors = (self._path(number, kind) for kind in ("json", "safetensors"))
+        manifest = self._read_manifest(path)
         try:
             content = tensors.read_bytes()
             if hashlib.sha256(content).hexdigest() != manifest.tensors_sha256:
                 raise _DamagedError(f"'{tensors}' is damaged: its checksum does not fit")
             loaded = safetensors.torch.load(content)
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
             raise _DamagedError(f"'{tensors}' is damaged: {error}") from None
         return Checkpoint(path, manifest.progress, loaded, manifest.log_bytes)
+
+    def _read_manifest(self, path: Path) -> _Manifest:
+        try:
+            found = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise _DamagedError(f"'{path}' is damaged: {error}") from None
+        if not isinstance(found, dict) or found.get("sha256") != _checksum(found):
+            raise _DamagedError(f"'{path}' is damaged: its checksum does not fit")
+        if found.get("format") != FORMAT:
+            raise ValueError(
+                f"[checkpoint] '{path}': expected format {FORMAT}, got {found.get('format')}, "
+                f"written by ntkcl {found.get('ntkcl')}: finish the run with that version, or "
+                f"remove '{self.folder}' to begin it anew with this one"
+            )
+        try:
+            return _Manifest.model_validate(found)
+        except pydantic.ValidationError as error:
+            raise _DamagedError(f"'{path}' is damaged: {error.errors()[0]['msg']}") from None
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of all but itself."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 class _DamagedError(Exception):

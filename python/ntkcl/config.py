@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ntkcl import _C, presets
 from ntkcl.backbones import DEFAULT_BACKBONE, backbone_info, list_backbones
+from ntkcl.methods import registered
 from ntkcl.names import did_you_mean
 
 ARRAYS = "arrays"  # the value of `dataset` that stands for arrays in memory
@@ -150,7 +151,7 @@ class Option:
 def options(method: str | None = None) -> list[Option]:
     """All keys with type, default, what is allowed and doc; of every method, or of one."""
     described = _C.describe_options()
-    methods = described["methods"]
+    methods = _methods()
     own = [
         Option(key, *_own_type(key), doc=field.description or "", field=field)
         for key, field in Config.model_fields.items()
@@ -169,9 +170,16 @@ def options(method: str | None = None) -> list[Option]:
     return own + common + special
 
 
+def _methods() -> dict[str, Any]:
+    """The core's methods, and own ones, which have no keys."""
+    plain = {"options": [], "variants": {name: {} for name in _VARIANT_NORMALIZE}, "defaults": {}}
+    own = {name: plain | {"section": name, "doc": "own method"} for name in registered()}
+    return dict(_C.describe_options()["methods"]) | own
+
+
 def method_section(method: str) -> str:
     """Name of the section that holds a method's keys ("ntk-cl" -> "ntk_cl")."""
-    return str(_C.describe_options()["methods"][method]["section"])
+    return str(_methods()[method]["section"])
 
 
 def resolve(
@@ -192,7 +200,7 @@ def resolve(
     preset_name = _select(given, "preset", presets.list_presets())
     preset = _flatten(presets.PRESETS[preset_name]) if preset_name is not None else {}
     chosen = preset | given
-    methods = _C.describe_options()["methods"]
+    methods = _methods()
     method = _select(chosen, "method", list(methods))
     variants = methods[method]["variants"]
     variant = _select(chosen, "variant", list(variants) or list(_VARIANT_NORMALIZE))
@@ -327,7 +335,7 @@ def _model(method: str) -> type[Config]:
         for group in ("train", "transform", "loader")
         for info in described[group]
     }
-    special = described["methods"][method]
+    special = _methods()[method]
     section = pydantic.create_model(
         special["section"],
         __config__=Config.model_config,

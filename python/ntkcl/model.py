@@ -33,6 +33,7 @@ from ntkcl.config import Config, options, resolve, to_toml
 from ntkcl.datasets import load_dataset
 from ntkcl.datasets.loose_images import Images, image_stores, one_store
 from ntkcl.files import safetensors_bytes, write_atomically
+from ntkcl.methods import core_method
 from ntkcl.progress import make_progress
 from ntkcl.result import Evaluation
 
@@ -174,7 +175,7 @@ class Model:
         folder = self._next_folder(tasks + 1) if output is None else Path(output).expanduser()
         _check_absent(folder)
         trainer = _C.Trainer(
-            config.method,
+            core_method(config.method),
             config.method_options(),
             config.train_options(),
             self._transformer(),
@@ -222,7 +223,7 @@ class Model:
 
     def _make_predictor(self) -> _C.Predictor:
         return _C.Predictor(
-            self.config.method,
+            core_method(self.config.method),
             self.config.method_options(),
             self.config.train_options(),
             self._transformer(),

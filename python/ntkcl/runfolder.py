@@ -32,7 +32,7 @@ import torch
 
 from ntkcl.checkpoints import Checkpoints
 from ntkcl.config import Config, to_toml
-from ntkcl.files import remove_temporaries, safetensors_bytes, write_atomically
+from ntkcl.files import remove_temporaries, safetensors_bytes, sync_folder, write_atomically
 from ntkcl.model import write_model
 from ntkcl.result import Result
 
@@ -83,9 +83,13 @@ class RunFolder:
         """The folder of a run that was begun. ValueError where a process is writing to it."""
         folder = cls(path, [])
         folder._lock()
-        folder._log = (path / "events.jsonl").open("a+b")
-        remove_temporaries(path)
-        folder.checkpoints.tidy()
+        try:
+            folder._log = (path / "events.jsonl").open("a+b")
+            remove_temporaries(path)
+            folder.checkpoints.tidy()
+        except BaseException:
+            folder._close()
+            raise
         return folder
 
     @staticmethod
@@ -100,7 +104,13 @@ class RunFolder:
 
     def environment(self) -> dict[str, Any]:
         """What `begin` was given."""
-        found: dict[str, Any] = json.loads((self.path / "environment.json").read_bytes())
+        file = self.path / "environment.json"
+        try:
+            found = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"[resume] '{file}' is damaged: {error}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"[resume] '{file}' is damaged: expected an object")
         return found
 
     def begin(self, config: Config, environment: Mapping[str, Any]) -> None:
@@ -110,6 +120,7 @@ class RunFolder:
         _check_free(self.path)  # nobody has begun a run since
         write_atomically(self.path / "environment.json", _json(environment))
         write_atomically(self.path / "config.toml", to_toml(config).encode())
+        sync_folder(self.path.parent)
         self._log = (self.path / "events.jsonl").open("a+b")
 
     def go_back(self, log_bytes: int) -> None:
@@ -120,8 +131,10 @@ class RunFolder:
         else:
             self._log.truncate(log_bytes)
         self._log.seek(0)
+        content = self._log.read()
+        self._log.truncate(content.rfind(b"\n") + 1)  # not in the midst of a line
         self._rows, self._tasks = [], 0
-        for line in self._log.read().splitlines():
+        for line in content[: content.rfind(b"\n") + 1].splitlines():
             try:
                 self._note(json.loads(line))
             except (ValueError, KeyError, TypeError):
@@ -176,23 +189,26 @@ class RunFolder:
         self._close()
 
     def _close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
+        try:
+            if self._log is not None:
+                self._log.close()  # writes what a full disk has refused, again
+        finally:
+            if self._lock_file is not None:
+                os.close(self._lock_file)
+                self._lock_file = None
 
     def _lock(self) -> None:
         """One process at a time writes here. The lock goes with the process, however it ends."""
         self._lock_file = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock_file)
-            self._lock_file = None
+        except BlockingIOError:
+            self._close()
             raise ValueError(
                 f"[output] '{self.path}' is in use: another process runs there"
             ) from None
+        except OSError as error:
+            logger.warning("[output] '%s' cannot be locked: %s", self.path, error.strerror)
 
     def _note(self, event: Mapping[str, Any]) -> bool:
         """Whether the event adds a row to the accuracy matrix."""

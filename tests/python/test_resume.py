@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import itertools
 import json
 import logging
@@ -17,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 import ntkcl
 from ntkcl import checkpoints, runfolder
 from ntkcl.checkpoints import Checkpoints
+from ntkcl.files import safetensors_bytes
 from run_comparison import differences
 from test_training import dataset, train
 
@@ -47,6 +50,10 @@ CASES: dict[str, dict[str, Any]] = {
         "method": "lorac-ipc",
         "variant": "release",
         "lorac_ipc": {"small_clusters": "shrink"},
+    },
+    "lorac-ipc two norms": {
+        "method": "lorac-ipc",
+        "lorac_ipc": {"moco_norm": "new", "train_aligned_head": False},
     },
     "raa": {"method": "raa", "initial_epochs": 2},
     "raa release": {"method": "raa", "variant": "release", "initial_epochs": 2},
@@ -75,8 +82,8 @@ def resume(output: Path, **keywords: Any) -> ntkcl.Result:
     return ntkcl.resume(output, dataset=dataset(), **keywords)
 
 
-def stopped(output: Path, monkeypatch: pytest.MonkeyPatch, after: int = 7, **keywords: Any) -> Path:
-    """A run that was stopped in its first task."""
+def stopped(output: Path, monkeypatch: pytest.MonkeyPatch, after: int = 2, **keywords: Any) -> Path:
+    """A run that was stopped in the second epoch of its first task."""
     with monkeypatch.context() as patch:
         stop_after(patch, after)
         with pytest.raises(KeyboardInterrupt):
@@ -205,8 +212,8 @@ def test_another_versions_checkpoint_says_what_to_do(
 ) -> None:
     run = stopped(tmp_path / "run", monkeypatch)
     path = latest(run, "json")
-    manifest = json.loads(path.read_text()) | {"format": 99, "ntkcl": "7.0.0"}
-    path.write_text(json.dumps(manifest))
+    manifest = checkpoints._Manifest.model_validate(json.loads(path.read_text()))
+    path.write_bytes(manifest.model_copy(update={"format": 99, "ntkcl": "7.0.0"}).sealed())
     with pytest.raises(ValueError, match=r"got 99, written by ntkcl 7\.0\.0: finish the run with"):
         resume(run)
 
@@ -219,7 +226,18 @@ def test_another_versions_checkpoint_says_what_to_do(
         ({"task": 9}, r"'task': expected 0 \.\. 3, got 9"),
         ({"task": 1}, r"missing|unknown"),
         ({"step": "one"}, r"'step': expected another kind of value"),
-        ({"begun": False, "step": 0}, r"no state of an optimiser"),
+        ({"begun": False}, r"expected a place among"),
+        (
+            {"begun": False, "step": 0, "position": 0, "epoch": 0, "epoch_images": 0},
+            r"no state of an optimiser",
+        ),
+        ({"task": 3, "step": 0, "position": 0}, r"expected a place among"),
+        ({"position": 2**63 - 1}, r"expected a place among"),
+        ({"position": True}, r"'position': expected another kind of value"),
+        ({"epoch_images": 2**62}, r"expected a place among"),
+        ({"epoch": 2}, r"expected a place among"),
+        ({"seconds": -1.0}, r"expected counts and times from 0 on"),
+        ({"training_images": 2**70}, r"'training_images': expected another kind of value"),
     ],
 )
 def test_a_checkpoint_that_lies_is_refused(
@@ -414,3 +432,98 @@ def test_tensorboard_shows_every_step_once(tmp_path: Path, monkeypatch: pytest.M
     log = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert len(steps) == sum(event["event"] == "step" for event in log)
     assert len(found.Scalars("accuracy/top1")) == 3
+
+
+# ---- what a review found -------------------------------------------------------------------------
+
+
+def test_a_refused_or_failed_resume_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Protects: a notebook, whose process lives on.
+    run = stopped(tmp_path / "run", monkeypatch)
+    log = (run / "events.jsonl").read_bytes()
+    (run / "events.jsonl").unlink()
+    (run / "events.jsonl").mkdir()
+    with pytest.raises(OSError, match="events"):
+        resume(run)
+    (run / "events.jsonl").rmdir()
+    (run / "events.jsonl").write_bytes(log)
+    resume(run)
+
+
+def test_a_strangers_file_among_the_checkpoints_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped(tmp_path / "run", monkeypatch)
+    (run / "checkpoint" / "notes.txt").write_text("mine")
+    resume(run)
+    resume(run)
+    assert [path.name for path in (run / "checkpoint").iterdir()] == ["notes.txt"]
+
+
+def test_after_a_damaged_checkpoint_the_whole_one_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped(tmp_path / "run", monkeypatch)
+    bad = latest(run, "json")
+    truncate(bad)
+    whole = min((run / "checkpoint").glob("*.json"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0)
+        with pytest.raises(KeyboardInterrupt):
+            resume(run)
+    assert whole.exists()
+    assert not bad.exists()
+
+
+def test_a_log_that_was_cut_goes_on_in_whole_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped(tmp_path / "run", monkeypatch)
+    truncate(run / "events.jsonl")
+    resume(run)
+    assert all(json.loads(line) for line in (run / "events.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b""])
+def test_a_damaged_environment_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    run = stopped(tmp_path / "run", monkeypatch)
+    (run / "environment.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"environment\.json' is damaged"):
+        resume(run)
+
+
+def test_arrays_must_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped(tmp_path / "run", monkeypatch)
+    with pytest.raises(ValueError, match="expected the arrays"):
+        ntkcl.resume(run)
+    resume(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "change_tensor"),
+    [
+        ("method.prototypes", lambda t: t[:, :5]),
+        ("method.tasks_in_list", lambda t: t.reshape(1, -1)),
+        ("method.head.weight", lambda t: t.double()),
+        ("method.previous.channel.down.weight", lambda t: t.sum()),
+        ("optimizer.peft.0.momentum", lambda t: t[:1]),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change_tensor: Any
+) -> None:
+    run = stopped(tmp_path / "run", monkeypatch, ntk_cl={"mode": "both"})
+    path = latest(run, "safetensors")
+    tensors = load_file(path)
+    content = safetensors_bytes(tensors | {name: change_tensor(tensors[name])}, {})
+    path.write_bytes(content)
+    json_path = path.with_suffix(".json")
+    manifest = checkpoints._Manifest.model_validate(json.loads(json_path.read_text()))
+    sealed = manifest.model_copy(update={"tensors_sha256": hashlib.sha256(content).hexdigest()})
+    json_path.write_bytes(sealed.sealed())
+    with pytest.raises(ValueError, match=rf"\[state\] (method\.)?{name.partition('.')[2]}"):
+        resume(run)

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <set>
+
 #include "ntkcl/core/error.h"
 
 namespace ntkcl::methods {
@@ -15,10 +17,10 @@ void check(const State& known, const State& given, const LoadOptions& options) {
     NTKCL_CHECK(found != known.end(), "state", "unknown tensor '", name, "'");
     NTKCL_CHECK(!options.same_sizes || found->second.sizes() == tensor.sizes(), "state", name,
                 ": expected ", found->second.sizes(), ", got ", tensor.sizes());
-    const bool real = found->second.is_floating_point();
-    NTKCL_CHECK(tensor.is_floating_point() == real && !tensor.is_complex(), "state", name,
-                ": expected ", real ? "floating point numbers" : "integers", ", got ",
-                tensor.toString());
+    const auto expected = found->second.scalar_type(), type = tensor.scalar_type();
+    const bool converts = at::isFloatingType(expected) == at::isFloatingType(type);
+    NTKCL_CHECK(expected == type || (converts && !options.same_types), "state", name, ": expected ",
+                expected, ", got ", type);
   }
   for (const auto& [name, tensor] : known) {
     NTKCL_CHECK(!options.whole || given.count(name), "state", "expected a tensor '", name,
@@ -38,7 +40,12 @@ State copy_state(const VisitFn& visit) {
 
 void load_state(const VisitFn& visit, const State& state, const LoadOptions& options) {
   State known;
-  visit([&](const std::string& name, at::Tensor& tensor) { known[name] = tensor; });
+  std::set<const void*> places;
+  visit([&](const std::string& name, at::Tensor& tensor) {
+    known[name] = tensor;
+    // Two names of one tensor would be loaded over each other.
+    NTKCL_ASSERT(tensor.numel() == 0 || places.insert(tensor.const_data_ptr()).second);
+  });
   check(known, state, options);
   const at::NoGradGuard no_grad;
   visit([&](const std::string& name, at::Tensor& tensor) {

@@ -20,6 +20,7 @@ State copy_state(const VisitFn& visit);
 
 struct LoadOptions {
   bool whole = true;        // a tensor that is missing is an error
+  bool same_types = true;   // so is one of another type; else it is converted
   bool same_sizes = false;  // so is one of another size; else it takes the place of the old one
 };
 // Copies `state` into the tensors. ValueError for unknown names, before anything is changed.

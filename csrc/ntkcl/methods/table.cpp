@@ -88,6 +88,14 @@ const std::vector<MethodEntry>& method_table() {
   return table;
 }
 
+MakeMethod make_method(const std::string& name, OptionMap options) {
+  const MethodEntry& entry = find_method(name);
+  return [&entry, options = std::move(options)](const nn::VisionTransformer& vit, int64_t tasks,
+                                                RandomSource& random) {
+    return entry.make(options, vit, tasks, random);
+  };
+}
+
 const MethodEntry& find_method(const std::string& name) {
   std::string known;
   for (const MethodEntry& entry : method_table()) {

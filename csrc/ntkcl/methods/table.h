@@ -22,6 +22,12 @@ struct MethodEntry {
                                   int64_t tasks, RandomSource& random);
 };
 
+// Makes a method, whatever it needs to know beside these.
+using MakeMethod = std::function<std::unique_ptr<Method>(const nn::VisionTransformer& vit,
+                                                         int64_t tasks, RandomSource& random)>;
+// Of the table. ValueError lists the known names.
+MakeMethod make_method(const std::string& name, OptionMap options);
+
 // All methods. A new one is a folder and a line here.
 const std::vector<MethodEntry>& method_table();
 // ValueError lists the known names.

@@ -9,16 +9,16 @@
 
 namespace ntkcl::train {
 
-Predictor::Predictor(const std::string& method, const OptionMap& method_options,
-                     TrainOptions options, const nn::VisionTransformer& backbone, int64_t tasks,
-                     Input input, const methods::State& state)
+Predictor::Predictor(const methods::MakeMethod& make, TrainOptions options,
+                     const nn::VisionTransformer& backbone, int64_t tasks, Input input,
+                     const methods::State& state)
     : options_(std::move(options)),
       input_(std::move(input)),
       vit_(prepare_backbone(backbone, options_)),
       normalization_(input_.mean, input_.std, vit_.options()),
       random_(static_cast<uint64_t>(options_.seed)) {
   input_.loader.on_corrupt = "stop";  // every image has its row
-  method_ = methods::find_method(method).make(method_options, vit_, tasks, random_);
+  method_ = make(vit_, tasks, random_);
   methods::load_state([&](const methods::StateVisitor& visitor) { method_->visit_state(visitor); },
                       state, {});
 }

@@ -21,7 +21,7 @@ class Predictor {
   };
 
   // `state` is all of a method's after `tasks` tasks. ValueError where it is not of this method.
-  Predictor(const std::string& method, const OptionMap& method_options, TrainOptions options,
+  Predictor(const methods::MakeMethod& make, TrainOptions options,
             const nn::VisionTransformer& backbone, int64_t tasks, Input input,
             const methods::State& state);
 

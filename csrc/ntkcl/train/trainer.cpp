@@ -18,7 +18,7 @@ const std::string kOptimizer = "optimizer.";  // begins the names of its state
 
 }  // namespace
 
-Trainer::Trainer(const std::string& method, const OptionMap& method_options, TrainOptions options,
+Trainer::Trainer(const methods::MakeMethod& make, TrainOptions options,
                  const nn::VisionTransformer& backbone, const RunData& data,
                  std::unique_ptr<methods::RandomSource> random)
     : options_(std::move(options)),
@@ -48,7 +48,7 @@ Trainer::Trainer(const std::string& method, const OptionMap& method_options, Tra
         options_.schedule.min_learning_rate);
   }
   info_.count = static_cast<int64_t>(task_sizes_.size());
-  method_ = methods::find_method(method).make(method_options, vit_, info_.count, *random_);
+  method_ = make(vit_, info_.count, *random_);
 }
 
 Trainer::~Trainer() = default;
@@ -197,16 +197,31 @@ void Trainer::save() {
   steps_since_saved_ = 0;
 }
 
-void Trainer::restore(const Checkpoint& from) {
-  progress_ = from.progress;
-  const Progress& p = progress_;
+void Trainer::check_place(const Progress& p) const {
   NTKCL_CHECK(0 <= p.task && p.task <= info_.count, "resume", "'task': expected 0 .. ", info_.count,
               ", got ", p.task);
-  const int64_t steps = p.task < info_.count ? steps_of(p.task) : 0;
-  NTKCL_CHECK(0 <= p.step && p.step <= steps && 0 <= p.epoch && p.epoch <= epochs_of(p.task) &&
-                  p.position >= 0 && p.epoch_images >= 0 && (p.begun || p.step == 0),
+  const bool over = p.task == info_.count;
+  const methods::TaskInfo info = over ? methods::TaskInfo() : info_of(p.task);
+  const int64_t steps = over ? 0 : steps_of(p.task), epochs = over ? 0 : epochs_of(p.task);
+  const auto images = static_cast<int64_t>(images_.first.of_classes(info.n_old, info.n_new).size());
+  const bool at_start = p.epoch == 0 && p.step == 0 && p.position == 0;
+  NTKCL_CHECK((p.begun ? !over : at_start) && 0 <= p.step && p.step <= steps && 0 <= p.epoch &&
+                  p.epoch <= epochs && 0 <= p.position && p.position <= images &&
+                  p.position % options_.batch_size == 0 && (p.epoch < epochs || p.position == 0) &&
+                  0 <= p.epoch_images && p.epoch_images <= p.position,
               "resume", "expected a place among the ", steps, " steps of task ", p.task,
               ", got step ", p.step, ", epoch ", p.epoch, ", image ", p.position);
+  NTKCL_CHECK(p.training_images >= 0 && p.trainable_parameters >= 0 && p.seconds >= 0 &&
+                  p.training_seconds >= 0 && std::isfinite(p.seconds + p.training_seconds),
+              "resume", "expected counts and times from 0 on, got ", p.training_images, " images, ",
+              p.trainable_parameters, " parameters, ", p.seconds, " and ", p.training_seconds,
+              " seconds");
+}
+
+void Trainer::restore(const Checkpoint& from) {
+  check_place(from.progress);
+  progress_ = from.progress;
+  const Progress& p = progress_;
   for (int64_t t = 0; t < p.task; ++t) {
     evaluations_.emplace_back(task_sizes_, t);
   }
@@ -242,7 +257,9 @@ void Trainer::pause(bool save_anyway) {
   if (save_anyway || stops || due) {
     save();
   }
-  check_stop();
+  if (stops) {
+    stop();
+  }
 }
 
 // ---- Training ----
@@ -289,8 +306,8 @@ void Trainer::train_task() {
 }
 
 void Trainer::train_epoch(int64_t epochs, double learning_rate) {
-  const Stopwatch watch;
   const double before = progress_.training_seconds;
+  Stopwatch since_pause;
   const int64_t epoch = progress_.epoch, begun_at = progress_.epoch_images;
   // What is behind a resumed epoch is not read again.
   std::vector<int64_t> images = shuffled_images({"order", info_.index, epoch});
@@ -304,23 +321,26 @@ void Trainer::train_epoch(int64_t epochs, double learning_rate) {
   while (set.next(batch)) {
     train_step(batch, learning_rate);
     progress_.position = start + set.position();
-    progress_.training_seconds = before + watch.seconds();
+    progress_.training_seconds += since_pause.seconds();
     if (set.position() < left) {
       pause(/*save_anyway=*/false);
     }
+    since_pause = {};  // training does not pay for checkpoints
   }
   const int64_t seen = progress_.epoch_images;
+  const double seconds = progress_.training_seconds - before;
   std::map<std::string, double> means = progress_.epoch_losses;
   for (auto& [name, value] : means) {
     value /= static_cast<double>(std::max<int64_t>(seen, 1));
   }
-  emit("epoch", {{"task", info_.index},
-                 {"epoch", epoch},
-                 {"epochs", epochs},
-                 {"learning_rate", learning_rate},
-                 {"losses", means},
-                 {"seconds", watch.seconds()},
-                 {"images_per_second", static_cast<double>(seen - begun_at) / watch.seconds()}});
+  emit("epoch",
+       {{"task", info_.index},
+        {"epoch", epoch},
+        {"epochs", epochs},
+        {"learning_rate", learning_rate},
+        {"losses", means},
+        {"seconds", seconds},
+        {"images_per_second", seconds > 0 ? static_cast<double>(seen - begun_at) / seconds : 0.0}});
 }
 
 void Trainer::train_step(const methods::Batch& batch, double learning_rate) {
@@ -490,9 +510,13 @@ bool Trainer::stop_asked() const {
 
 void Trainer::check_stop() const {
   if (stop_asked()) {
-    NTKCL_FAIL(Interrupted, "train", "stopped in task ", info_.index,
-               ", steps done there: ", progress_.step);
+    stop();
   }
+}
+
+void Trainer::stop() const {
+  NTKCL_FAIL(Interrupted, "train", "stopped in task ", info_.index,
+             ", steps done there: ", progress_.step);
 }
 
 }  // namespace ntkcl::train

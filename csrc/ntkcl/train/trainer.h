@@ -49,7 +49,7 @@ class Stopwatch {
 class Trainer : private methods::TaskServices {
  public:
   // Checks everything that can be checked before work begins. `random` null: Philox from the seed.
-  Trainer(const std::string& method, const OptionMap& method_options, TrainOptions options,
+  Trainer(const methods::MakeMethod& make, TrainOptions options,
           const nn::VisionTransformer& backbone, const RunData& data,
           std::unique_ptr<methods::RandomSource> random = nullptr);
   ~Trainer() override;
@@ -95,6 +95,7 @@ class Trainer : private methods::TaskServices {
   void pause(bool save_anyway);
   void save();
   void restore(const Checkpoint& from);
+  void check_place(const Progress& p) const;
   // Of everything but the optimiser.
   void visit_state(const methods::StateVisitor& visitor);
 
@@ -114,6 +115,7 @@ class Trainer : private methods::TaskServices {
   void emit(std::string name, std::vector<std::pair<std::string, EventValue>> fields) const;
   bool stop_asked() const;
   void check_stop() const;
+  [[noreturn]] void stop() const;
 
   TrainOptions options_;
   at::Device device_;

@@ -61,7 +61,7 @@ LoracIpc::LoracIpc(Options options, const nn::VisionTransformer& vit, int64_t ta
     head_.norm_weight = at::ones({c}, vit.options());
     head_.norm_bias = at::zeros({c}, vit.options());
   }
-  trained_head_ = head_;
+  trained_head_ = copy_of(head_);  // of its own: a state is loaded into both
   task_sizes_ = at::zeros({0}, at::kLong);
   class_ids_ = at::zeros({0}, at::kLong);
   clusters_ = {at::zeros({0, options_.alignment_clusters, c}, vit.options()),

@@ -500,6 +500,36 @@ void NtkCl::visit_state(const StateVisitor& visitor) {
   for (auto& [name, weight] : constants_.previous) {
     visitor("previous." + name, weight);
   }
+  check_state();
+}
+
+// Tensors that came from outside fit each other.
+void NtkCl::check_state() const {
+  const int64_t width = sections() * vit_.width();
+  const auto expect_rows = [&](const char* name, const at::Tensor& rows) {
+    NTKCL_CHECK(rows.dim() == 2 && rows.size(1) == width, "state", name, ": expected (n, ", width,
+                "), got ", rows.sizes());
+  };
+  expect_rows("head.weight", head_weight_);
+  expect_rows("prototypes", prototypes_);
+  expect_rows("features_before", before_);
+  expect_rows("aligned", aligned_);
+  NTKCL_CHECK(head_sigma_.sizes() == at::IntArrayRef({1}), "state",
+              "head.sigma: expected one number, got ", head_sigma_.sizes());
+  NTKCL_CHECK(!options_.alignment.on || aligned_.sizes() == prototypes_.sizes(), "state",
+              "aligned: expected ", prototypes_.sizes(), ", got ", aligned_.sizes());
+  NTKCL_CHECK(tasks_in_list_.sizes() == at::IntArrayRef({options_.frozen_lists}) &&
+                  tasks_in_list_.ge(0).all().item<bool>(),
+              "state", "tasks_in_list: expected ", options_.frozen_lists, " counts of tasks, got ",
+              tasks_in_list_.sizes());
+  if (fuses()) {
+    const auto weights = regularised();
+    for (size_t i = 0; i < constants_.previous.size(); ++i) {
+      const auto& [name, weight] = constants_.previous[i];
+      NTKCL_CHECK(weight.sizes() == weights[i].second.sizes(), "state", "previous.", name,
+                  ": expected ", weights[i].second.sizes(), ", got ", weight.sizes());
+    }
+  }
 }
 
 }  // namespace ntkcl::methods::ntk_cl

@@ -91,6 +91,7 @@ class NtkCl : public Method {
   // Value of L_reg (unweighted); adds lambda times its gradient to .grad.
   at::Tensor regularise() const;
 
+  void check_state() const;
   void update_frozen_list(const TaskInfo& task);
   void update_prototypes(TaskServices& services);
   // Shift of the old prototypes, from features after training; undefined without drift.

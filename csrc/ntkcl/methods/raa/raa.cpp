@@ -353,8 +353,10 @@ void Raa::check_state() const {
                   task_sizes_.gt(0).all().item<bool>(),
               "state", "task_sizes: expected positive int64 numbers (tasks), got ",
               task_sizes_.toString(), task_sizes_.sizes());
-  NTKCL_CHECK(merged_.sizes() == at::IntArrayRef({1}), "state",
-              "merged_tasks: expected one number, got ", merged_.sizes());
+  NTKCL_CHECK(merged_.sizes() == at::IntArrayRef({1}) && merged_.ge(0).all().item<bool>() &&
+                  merged_.le(task_sizes_.numel()).all().item<bool>(),
+              "state", "merged_tasks: expected a number up to ", task_sizes_.numel(), ", got ",
+              merged_.sizes());
   const int64_t seen = task_sizes_.sum().item<int64_t>();
   NTKCL_CHECK(head_.sizes() == at::IntArrayRef({seen, c}), "state", "head: expected [", seen, ", ",
               c, "], got ", head_.sizes());

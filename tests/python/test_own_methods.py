@@ -1,0 +1,211 @@
+"""Methods written in Python: what the core gives them, what it takes, and that they live the same
+life as built-in ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ntkcl
+from ntkcl import methods
+from run_comparison import differences
+from test_resume import KEYS, stop_after
+from test_training import CLASSES, TRAIN, dataset, train
+
+
+class Means(ntkcl.Method):
+    """SimpleCIL in Python."""
+
+    peft = "none"
+
+    def __init__(self) -> None:
+        self.means = torch.zeros(0, 0)
+
+    def trains(self, task: ntkcl.Task) -> bool:
+        return False
+
+    def after_task(self, features: torch.Tensor, labels: torch.Tensor, task: ntkcl.Task) -> None:
+        classes = range(task.n_old, task.n_seen)
+        new = torch.stack([features[labels == c].double().mean(0) for c in classes]).float()
+        self.means = torch.cat([self.means.reshape(-1, self.width), new])
+
+    def scores(self, features: torch.Tensor) -> torch.Tensor:
+        normalize = torch.nn.functional.normalize
+        return normalize(features) @ normalize(self.means).T
+
+
+class Heads(ntkcl.Method):
+    """Adapters and a head that grows."""
+
+    rank = 4
+
+    def __init__(self, rate: float = 1.0) -> None:
+        self.rate = rate
+        self.head = torch.zeros(0, 0)
+        self.seen: list[ntkcl.Task] = []
+
+    def before_task(self, task: ntkcl.Task) -> None:
+        self.seen.append(task)
+        new = torch.randn(task.n_new, self.width, generator=task.generator()) * 0.02
+        self.head = torch.cat([self.head.detach().reshape(-1, self.width), new])
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [self.head]
+
+    def loss(self, features: torch.Tensor, labels: torch.Tensor, task: ntkcl.Task) -> torch.Tensor:
+        assert features.requires_grad
+        logits = self.rate * features @ self.head.T
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    def scores(self, features: torch.Tensor) -> torch.Tensor:
+        return features @ self.head.detach().T
+
+
+def test_class_means_in_python_are_those_of_the_core(tmp_path: Path) -> None:
+    own = train(tmp_path / "own", method=Means())
+    core = train(tmp_path / "core", method="simple-cil")
+    np.testing.assert_array_equal(own.accuracy_matrix, core.accuracy_matrix)
+
+
+def test_adapters_and_the_methods_own_tensors_learn(tmp_path: Path) -> None:
+    result = train(tmp_path / "run", method=Heads(), epochs=4, learning_rate=0.05)
+    state = ntkcl.load(tmp_path / "run")._state
+    assert state["own.head"].shape == (
+        CLASSES,
+        result.stored_parameters and state["own.head"].shape[1],
+    )
+    assert any(name.endswith("up.weight") and bool(t.any()) for name, t in state.items())
+    assert result.evaluations[0].top1 > 60
+
+
+def test_a_loss_has_the_gradient_of_plain_pytorch(tmp_path: Path) -> None:
+    # Protects: autograd goes from the hook into the head, in one graph with the adapters.
+    seen: dict[str, torch.Tensor] = {}
+
+    class Watched(Heads):
+        def loss(self, features: Any, labels: Any, task: Any) -> Any:
+            loss = super().loss(features, labels, task)
+            if not seen:
+                expected = torch.autograd.grad(loss, self.head, retain_graph=True)[0]
+                seen.update(before=self.head.detach().clone(), gradient=expected)
+                seen["features"] = torch.autograd.grad(loss, features, retain_graph=True)[0]
+            elif "after" not in seen:
+                seen["after"] = self.head.detach().clone()
+            return loss
+
+    train(
+        tmp_path / "run",
+        method=Watched(),
+        optimizer="sgd",
+        momentum=0.0,
+        weight_decay=0.0,
+        learning_rate=0.5,
+        schedule="constant",
+    )
+    moved = seen["before"] - 0.5 * seen["gradient"]
+    torch.testing.assert_close(seen["after"], moved, rtol=1e-5, atol=1e-7)
+    assert bool(seen["features"].any())
+
+
+def test_a_stopped_run_of_an_own_method_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = KEYS | {"method": Heads()}
+    whole = train(tmp_path / "whole", **keys)
+    for questions in (2, 4, 3):
+        with monkeypatch.context() as patch:
+            stop_after(patch, questions)
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path / "run", resume=True, **keys)
+    ntkcl.resume(tmp_path / "run", dataset=dataset())
+    assert differences(whole.output, tmp_path / "run") == []
+
+
+def test_an_own_method_is_loaded_and_goes_on(tmp_path: Path) -> None:
+    ntkcl.register("heads", Heads)
+    assert "heads" in ntkcl.list_methods()
+    train(tmp_path / "run", method="heads")
+    model = ntkcl.load(tmp_path / "run")
+    found = ntkcl.load_result(tmp_path / "run").evaluations[-1]
+    np.testing.assert_equal(vars(model.evaluate(dataset())), vars(found))
+    noise = np.random.default_rng(0).integers(0, 256, (TRAIN, 32, 32, 3), np.uint8)
+    model.add_task({"new": noise})
+    assert model.predict(noise).scores.shape == (TRAIN, CLASSES + 1)
+
+
+def test_every_run_has_an_object_of_its_own(tmp_path: Path) -> None:
+    method = Heads()
+    first = train(tmp_path / "first", method=method)
+    second = train(tmp_path / "second", method=method)
+    assert differences(first.output, second.output) == []
+    assert method.seen == []
+
+
+class NoLoss(ntkcl.Method):
+    pass
+
+
+class Constant(Heads):
+    def loss(self, features: Any, labels: Any, task: Any) -> Any:
+        return torch.tensor(1.0)
+
+
+class Vector(Heads):
+    def loss(self, features: Any, labels: Any, task: Any) -> Any:
+        return features.sum(1)
+
+
+class Text(Heads):
+    def loss(self, features: Any, labels: Any, task: Any) -> Any:
+        return "none"
+
+
+class Computed(Heads):
+    def parameters(self) -> list[torch.Tensor]:
+        return [self.head.requires_grad_() * 2]
+
+
+class WrongScores(Means):
+    def scores(self, features: torch.Tensor) -> torch.Tensor:
+        return super().scores(features)[:, :1]
+
+
+class Lora(Heads):
+    peft = "lora"
+
+
+class Fails(Heads):
+    def before_task(self, task: ntkcl.Task) -> None:
+        raise KeyError("of the method")
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [
+        (Constant(), ValueError, "a number that depends on what is trained, got a constant"),
+        (Vector(), ValueError, "'loss': expected one number"),
+        (Text(), TypeError, "'loss': expected a tensor, got <class 'str'>"),
+        (Computed(), ValueError, "tensors that were not computed from others"),
+        (WrongScores(), ValueError, r"expected floating point scores \(b, 2 or more\)"),
+        (Lora(), ValueError, "'peft': expected adapter or none, got 'lora'"),
+        (Fails(), KeyError, "of the method"),
+        (NoLoss(), NotImplementedError, "'NoLoss' trains but has no loss"),
+    ],
+)
+def test_a_method_that_does_not_fit_is_refused(
+    tmp_path: Path, method: ntkcl.Method, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train(tmp_path / "run", method=method)
+
+
+def test_built_in_names_and_other_objects_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected a new name, got the built-in 'raa'"):
+        ntkcl.register("raa", Heads)
+    ntkcl.register("no method", dict)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="to make an ntkcl"):
+        methods.core_method("no method")
