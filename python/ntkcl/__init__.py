@@ -11,13 +11,14 @@ from ntkcl.api import info, list_datasets, list_methods, resume, train
 from ntkcl.backbones import list_backbones
 from ntkcl.config import Config
 from ntkcl.presets import list_presets
-from ntkcl.result import Evaluation, Result, load_result
+from ntkcl.result import Evaluation, Result, Results, load_result
 
 __version__: str = _C.__version__
 __all__ = [
     "Config",
     "Evaluation",
     "Result",
+    "Results",
     "info",
     "list_backbones",
     "list_datasets",

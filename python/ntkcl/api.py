@@ -10,15 +10,15 @@ import signal
 import subprocess
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
 
-from ntkcl import _C
+from ntkcl import _C, seeds
 from ntkcl import backbones as _backbones
 from ntkcl import config as _config
 from ntkcl.backbones import Weights, backbone_info, load_backbone
@@ -26,16 +26,29 @@ from ntkcl.checkpoints import Checkpoint
 from ntkcl.config import ARRAYS, Config, Normalization, cautions, resolve
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
 from ntkcl.progress import make_progress
-from ntkcl.result import Result, load_result, result_of
-from ntkcl.runfolder import RunFolder
+from ntkcl.result import Result, Results, load_result, result_of
+from ntkcl.runfolder import SEEDS_FILE, RunFolder, check_same
 
 logger = logging.getLogger("ntkcl")
 
 
-def train(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Result:
+@overload
+def train(
+    config: str | os.PathLike[str] | None = None, *, seeds: Sequence[int], **keywords: Any
+) -> Results: ...
+
+
+@overload
+def train(
+    config: str | os.PathLike[str] | None = None, *, seeds: None = None, **keywords: Any
+) -> Result: ...
+
+
+def train(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Result | Results:
     """Trains a method on a sequence of tasks, tests it after each, and writes a run folder.
 
     With nothing given it runs the embedded default: NTK-CL on scikit-learn's handwritten digits.
+    With `seeds` it runs once for each and gives `Results`: mean and standard deviation.
 
     Args:
       config: TOML file with the keys below; keywords win over it.
@@ -54,29 +67,15 @@ def train(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Resu
     return run(resolve(keywords | {"dataset": ARRAYS}, config), arrays)
 
 
-def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result:
+def run(config: Config, arrays: Mapping[str, Any] | None = None) -> Result | Results:
     """Runs a resolved configuration; `arrays` are the images of dataset "arrays"."""
-    if config.dataset == ARRAYS and arrays is None:
-        raise ValueError(
-            '[config] \'dataset\': expected the arrays {"train": (images, labels), "test": ...}, '
-            "as a file does not hold them, got 'arrays'"
-        )
     for caution in cautions(config):
         warnings.warn(f"[config] {caution}", stacklevel=3)
-    if config.resume:
-        if config.output is None:
-            raise ValueError("[config] 'resume': expected an 'output' to go on with, got none")
-        config = config.model_copy(update={"resume": False})
-        if RunFolder.is_run(Path(str(config.output)).expanduser()):
-            return _go_on(config, arrays)
-    folder = RunFolder.reserve(config)
-    try:
-        trainer, environment = _prepare(config, arrays)
-        folder.begin(config, environment)
-    except BaseException:
-        folder.discard()
-        raise
-    return _run(config, trainer, folder)
+    if config.resume and config.output is None:
+        raise ValueError("[config] 'resume': expected an 'output' to go on with, got none")
+    if config.seeds is not None:
+        return seeds.run_seeds(config, lambda one: _run_one(one, arrays))
+    return _run_one(config, arrays)
 
 
 def resume(
@@ -86,14 +85,15 @@ def resume(
     data_root: str | os.PathLike[str] | None = None,
     weights: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-) -> Result:
+) -> Result | Results:
     """Goes on with a run that was stopped or killed, from its last checkpoint.
 
     On the same machine, build and number of threads it ends as the uninterrupted run would have,
-    bit for bit. A finished run gives its result again.
+    bit for bit. A finished run gives its result again. Runs of several seeds go on one after the
+    other, as far as they are not finished, and give `Results`.
 
     Args:
-      run: its folder.
+      run: its folder, or that of several seeds.
       dataset, data_root, weights: where the same images and weights are now, if they have moved;
         arrays are given again.
       progress: whether to show progress; none: as the run was begun.
@@ -104,7 +104,8 @@ def resume(
         writes to it.
     """
     path = Path(run).expanduser()
-    if not RunFolder.is_run(path):
+    several = seeds.are_in(path)
+    if not several and not RunFolder.is_run(path):
         raise FileNotFoundError(
             f"[resume] expected the folder of a run, got no config.toml in '{path}'"
         )
@@ -117,6 +118,9 @@ def resume(
         "progress": progress,
     }
     given = {key: value for key, value in moved.items() if value is not None}
+    if several:
+        config = resolve(given | {"resume": True}, path / SEEDS_FILE)
+        return seeds.run_seeds(config, lambda one: _run_one(one, arrays))
     return _go_on(resolve(given, path / "config.toml"), arrays)
 
 
@@ -146,10 +150,26 @@ def info() -> dict[str, str]:
     }
 
 
+def _run_one(config: Config, arrays: Mapping[str, Any] | None) -> Result:
+    """One run; with `config.resume` the one that its folder holds."""
+    if config.resume:
+        config = config.model_copy(update={"resume": False})
+        if RunFolder.is_run(Path(str(config.output)).expanduser()):
+            return _go_on(config, arrays)
+    folder = RunFolder.reserve(config)
+    try:
+        trainer, environment = _prepare(config, arrays)
+        folder.begin(config, environment)
+    except BaseException:
+        folder.discard()
+        raise
+    return _run(config, trainer, folder)
+
+
 def _go_on(config: Config, arrays: Mapping[str, Any] | None) -> Result:
     """The run in `config.output`, which holds one."""
     path = Path(str(config.output)).expanduser()
-    _check_same(config, resolve(file=path / "config.toml"))
+    check_same(config, path / "config.toml")
     folder = RunFolder.reopen(path)
     with folder:
         if folder.finished:
@@ -160,22 +180,6 @@ def _go_on(config: Config, arrays: Mapping[str, Any] | None) -> Result:
         _check_environment(environment, folder.environment())
         folder.go_back(checkpoint.log_bytes if checkpoint else 0)
         return _run(config, trainer, folder, checkpoint)
-
-
-def _check_same(config: Config, begun: Config) -> None:
-    """The keys that decide what is computed are those that the run was begun with."""
-    given, of_run = config.flat(), begun.flat()
-    for key in given.keys() - _MAY_CHANGE:
-        if given[key] != of_run[key]:
-            raise ValueError(
-                f"[resume] '{key}': expected {of_run[key]!r}, as the run in '{config.output}' was "
-                f"begun, got {given[key]!r}"
-            )
-
-
-# Places and speed; that the images and weights are the same is seen by their hashes.
-_MAY_CHANGE = {"output", "resume", "progress", "data_root", "dataset", "weights"}
-_MAY_CHANGE |= {"loader_threads", "prefetch", "checkpoint_minutes", "checkpoint_steps"}
 
 
 def _check_environment(now: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
@@ -195,6 +199,11 @@ def _check_environment(now: Mapping[str, Any], begun: Mapping[str, Any]) -> None
 
 
 def _prepare(config: Config, arrays: Mapping[str, Any] | None) -> tuple[_C.Trainer, dict[str, Any]]:
+    if config.dataset == ARRAYS and arrays is None:
+        raise ValueError(
+            '[config] \'dataset\': expected the arrays {"train": (images, labels), "test": ...}, '
+            "as a file does not hold them, got 'arrays'"
+        )
     dataset = load_dataset(
         config.dataset if arrays is None else arrays,
         config.data_root,

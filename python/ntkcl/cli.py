@@ -3,6 +3,7 @@
     ntkcl train                      the embedded default
     ntkcl train --preset ntk-cl/cifar100-in21k --data-root ~/data --epochs 5
     ntkcl train --config c.toml --ntk-cl.eta 0.03
+    ntkcl train --seeds 0 1 2                mean and standard deviation over seeds
     ntkcl train --output runs/a --resume     go on with the run there, or begin it
     ntkcl resume runs/a
     ntkcl methods | datasets | presets | backbones | info
@@ -30,8 +31,8 @@ from ntkcl.backbones import backbone_info
 from ntkcl.datasets import KNOWN_DATASETS
 from ntkcl.names import did_you_mean
 from ntkcl.presets import PRESETS, PUBLISHED, PUBLISHED_TASK_MEANS
-from ntkcl.progress import result_table
-from ntkcl.result import Result
+from ntkcl.progress import result_table, results_table
+from ntkcl.result import Result, Results
 
 _USER_ERRORS = (ValueError, TypeError, OSError)
 _UNSET = type("Unset", (str,), {})("")  # told from an empty text by identity
@@ -83,13 +84,17 @@ def _train(words: list[str]) -> None:
     _report(run(config.resolve(given, file)))
 
 
-def _report(result: Result) -> None:
-    made = result.config
+def _report(result: Result | Results) -> None:
+    made = result[0].config if isinstance(result, Results) else result.config
     console = Console()
-    console.print(result_table(result))
+    if isinstance(result, Results):
+        console.print(results_table(result))
+        speed = f"{sum(one.seconds for one in result):.1f} s"
+    else:
+        console.print(result_table(result))
+        speed = f"{result.seconds:.1f} s, {result.images_per_second:.0f} training images/s"
     console.print(
-        f"\n  {made.method} on {made.dataset}: {result.seconds:.1f} s, "
-        f"{result.images_per_second:.0f} training images/s, in {result.output}",
+        f"\n  {made.method} on {made.dataset}: {speed}, in {result.output}",
         soft_wrap=True,
         highlight=False,
     )
@@ -111,7 +116,10 @@ def _resume(words: list[str]) -> None:
 
 @dataclasses.dataclass
 class _Resume:
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="its folder")]
+    run: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(metavar="RUN", help="its folder, or that of several seeds"),
+    ]
     data_root: Annotated[
         str | None, tyro.conf.arg(help="folder of the named data sets, if it has moved")
     ] = None
