@@ -12,6 +12,7 @@ from ntkcl.backbones import list_backbones
 from ntkcl.config import Config
 from ntkcl.presets import list_presets
 from ntkcl.result import Evaluation, Result, Results, load_result
+from ntkcl.sweeping import SweepError, sweep
 
 __version__: str = _C.__version__
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Evaluation",
     "Result",
     "Results",
+    "SweepError",
     "info",
     "list_backbones",
     "list_datasets",
@@ -26,5 +28,6 @@ __all__ = [
     "list_presets",
     "load_result",
     "resume",
+    "sweep",
     "train",
 ]

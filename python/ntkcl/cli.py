@@ -6,6 +6,7 @@
     ntkcl train --seeds 0 1 2                mean and standard deviation over seeds
     ntkcl train --output runs/a --resume     go on with the run there, or begin it
     ntkcl resume runs/a
+    ntkcl sweep GRID.toml --jobs 2           every point of a grid, or what is left of it
     ntkcl methods | datasets | presets | backbones | info
 
 What is wrong in what was given ends as one line on stderr with exit code 2, Ctrl-C with 130.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
@@ -25,14 +27,15 @@ from rich.console import Console
 from rich.table import Table
 
 import ntkcl
-from ntkcl import _C, config
+from ntkcl import _C, config, sweeping
 from ntkcl.api import run
 from ntkcl.backbones import backbone_info
 from ntkcl.datasets import KNOWN_DATASETS
 from ntkcl.names import did_you_mean
 from ntkcl.presets import PRESETS, PUBLISHED, PUBLISHED_TASK_MEANS
 from ntkcl.progress import result_table, results_table
-from ntkcl.result import Result, Results
+from ntkcl.result import HEADLINE, Result, Results
+from ntkcl.sweeping import SweepError
 
 _USER_ERRORS = (ValueError, TypeError, OSError)
 _UNSET = type("Unset", (str,), {})("")  # told from an empty text by identity
@@ -46,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_dispatch(words))
     except KeyboardInterrupt as stop:
         sys.exit(_fail(stop, 130))
-    except FloatingPointError as error:
+    except (FloatingPointError, SweepError) as error:
         sys.exit(_fail(error, 1))
     except _USER_ERRORS as error:
         sys.exit(_fail(error, 2))
@@ -102,15 +105,7 @@ def _report(result: Result | Results) -> None:
 
 def _resume(words: list[str]) -> None:
     """Go on with a run that was stopped or killed."""
-    parsed, unknown = tyro.cli(
-        _Resume,
-        args=words,
-        prog="ntkcl resume",
-        description=_resume.__doc__,
-        return_unknown_args=True,
-    )
-    if unknown:
-        raise ValueError(f"[ntkcl] unknown argument '{unknown[0]}'; see `ntkcl resume --help`")
+    parsed = _parse(_Resume, "resume", words)
     _report(ntkcl.resume(parsed.run, data_root=parsed.data_root, weights=parsed.weights))
 
 
@@ -126,6 +121,88 @@ class _Resume:
     weights: Annotated[
         str | None, tyro.conf.arg(help="safetensors file of the backbone, if it has moved")
     ] = None
+
+
+def _sweep(words: list[str]) -> None:
+    """Run every point of a grid of settings, or what is left of it."""
+    parsed = _parse(_Sweep, "sweep", words)
+    ways = [
+        f"--{name}"
+        for name, value in vars(parsed).items()
+        if name != "grid" and value is not None and value is not False
+    ]
+    if len(ways) > 1:
+        raise ValueError(f"[sweep] expected one way to run it, got {' and '.join(ways)}")
+    points, _ = sweeping.read_grid(parsed.grid)
+    if parsed.list:
+        _print_points(points)
+    elif parsed.slurm is not None:
+        sweeping.write_slurm_script(parsed.grid, parsed.slurm)
+        print(f"{len(points)} points: sbatch {shlex.quote(parsed.slurm)}")
+    elif parsed.point is not None:
+        if not 0 <= parsed.point < len(points):
+            raise ValueError(
+                f"[sweep] 'point': expected 0 ... {len(points) - 1}, got {parsed.point}"
+            )
+        _report(run(points[parsed.point].config))
+    else:
+        jobs = 1 if parsed.jobs is None else parsed.jobs
+        try:
+            ntkcl.sweep(parsed.grid, jobs=jobs, ray=parsed.ray)
+        except SweepError as error:
+            _print_points(points, error.failures)
+            raise
+        _print_points(points)
+
+
+@dataclasses.dataclass
+class _Sweep:
+    grid: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(metavar="GRID", help="TOML file with [base], [grid] and [[points]]"),
+    ]
+    jobs: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help="processes at a time; none: 1")
+    ] = None
+    ray: Annotated[
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="run each point as a Ray task")
+    ] = False
+    slurm: Annotated[
+        str | None, tyro.conf.arg(metavar="FILE", help="write a job array for Slurm, run nothing")
+    ] = None
+    list: Annotated[
+        bool,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.arg(help="show the points and how far they are, run nothing"),
+    ] = False
+    point: Annotated[
+        int | None,
+        tyro.conf.arg(metavar="INT", help="run this one alone, numbered as in --list"),
+    ] = None
+
+
+def _print_points(points: Sequence[sweeping.Point], failed: Iterable[str] = ()) -> None:
+    columns = [name.replace("_", " ") for name in HEADLINE[:3]]
+    rows = []
+    for number, point in enumerate(points):
+        state = point.state
+        numbers = point.load().headline() if state == "finished" else {}
+        texts = [numbers.get(column, "-") for column in columns]
+        rows.append([str(number), point.name, "failed" if point.name in failed else state, *texts])
+    _print_table(["", "point", "state", *columns], rows)
+
+
+def _parse(kind: type[Any], command: str, words: Sequence[str]) -> Any:
+    parsed, unknown = tyro.cli(
+        kind,
+        args=words,
+        prog=f"ntkcl {command}",
+        description=_COMMANDS[command].__doc__,
+        return_unknown_args=True,
+    )
+    if unknown:
+        raise ValueError(f"[ntkcl] unknown argument '{unknown[0]}'; see `ntkcl {command} --help`")
+    return parsed
 
 
 def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
@@ -282,6 +359,7 @@ def _backbones(_: list[str]) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "resume": _resume,
+    "sweep": _sweep,
     "info": _info,
     "methods": _methods,
     "datasets": _datasets,

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -159,27 +160,30 @@ def test_the_command_prints_each_seed_and_the_mean(
 # ---- stopped, and gone on with -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", ["resume", "train"])
 def test_stopped_and_gone_on_with_they_end_as_if_nothing_had_been(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keywords: dict[str, Any] = {"method": "ntk-cl", "seeds": [0, 1, 2], "checkpoint_steps": 1}
-    whole = train(tmp_path / "whole", **keywords)
+    keywords: dict[str, Any] = {"method": "ntk-cl", "seeds": [0, 1, 2], "checkpoint_steps": 2}
+    data = dataset(train=4, test=2)
+    with monkeypatch.context() as patch:
+        stops = stop_after(patch)
+        whole = train(tmp_path / "whole", data, **keywords)
     path = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        stop_after(patch, 30)
+        stop_after(patch, stops.asked // 2)
         with pytest.raises(KeyboardInterrupt) as stopped:
-            train(path, **keywords)
+            train(path, data, **keywords)
     assert stopped.value.__notes__[-1] == f"with all seeds by `ntkcl resume {path}`"
     assert (path / "seed-0" / "result.json").exists()
     assert not (path / "seed-1" / "result.json").exists()
     assert not (path / "seed-2").exists()
-    if by == "resume":
-        again = ntkcl.resume(path, dataset=dataset())
-    else:
-        again = train(path, **keywords, resume=True)
-    for seed in range(3):
-        assert differences(whole[seed].output, again[seed].output) == []
+    shutil.copytree(path, tmp_path / "copy")
+    for again in (
+        ntkcl.resume(path, dataset=data),
+        train(tmp_path / "copy", data, **keywords, resume=True),
+    ):
+        for seed in range(3):
+            assert differences(whole[seed].output, again[seed].output) == []
     finished = ntkcl.resume(path)  # Protects: no image is needed to read what is finished.
     np.testing.assert_array_equal(finished.accuracy, whole.accuracy)
 
