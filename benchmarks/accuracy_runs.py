@@ -234,6 +234,11 @@ _NOT_COMPUTED = {
     "threads",
     "loader_threads",
     "prefetch",
+    "resume",
+    "tensorboard",
+    "seeds",
+    "checkpoint_minutes",
+    "checkpoint_steps",
 }
 
 

@@ -8,12 +8,11 @@ A seed sets the order of the classes and every random draw, and is the same for 
 
 import argparse
 import tomllib
-from statistics import mean, stdev
 from typing import Any
 
 import ntkcl
 
-COLUMNS = ("final_accuracy", "average_accuracy", "forgetting")
+COLUMNS = ("final accuracy", "average accuracy", "forgetting")
 
 
 def arguments() -> argparse.Namespace:
@@ -38,20 +37,14 @@ def value_of(text: str) -> Any:
         return text
 
 
-def cell(values: list[float]) -> str:
-    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{spread}".rjust(20)
-
-
 def main() -> None:
     args = arguments()
     settings = {key: value_of(text) for key, _, text in (pair.partition("=") for pair in args.set)}
     rows = []
     for method in args.methods:
-        results = [ntkcl.train(method=method, seed=seed, **settings) for seed in args.seeds]
-        cells = [cell([getattr(result, column) for result in results]) for column in COLUMNS]
-        rows.append(method.ljust(12) + "".join(cells))
-    print("method".ljust(12) + "".join(name.replace("_", " ").rjust(20) for name in COLUMNS))
+        numbers = ntkcl.train(method=method, seeds=args.seeds, **settings).headline()
+        rows.append(method.ljust(12) + "".join(numbers[column].rjust(20) for column in COLUMNS))
+    print("method".ljust(12) + "".join(column.rjust(20) for column in COLUMNS))
     print("\n".join(rows))
 
 

@@ -7,6 +7,7 @@
 
 #include "ntkcl/core/options.h"
 #include "ntkcl/methods/method.h"
+#include "ntkcl/nn/vision_transformer.h"
 
 // One init function per area; each adds its names to the extension module `ntkcl._C`.
 namespace ntkcl::bindings {

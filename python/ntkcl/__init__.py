@@ -14,7 +14,8 @@ from ntkcl.methods import Method, Task, register
 from ntkcl.model import Model, Predictions, evaluate, load
 from ntkcl.presets import list_presets
 from ntkcl.reporting import report
-from ntkcl.result import Evaluation, Result, load_result
+from ntkcl.result import Evaluation, Result, Results, load_result
+from ntkcl.sweeping import SweepError, sweep
 
 __version__: str = _C.__version__
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "Model",
     "Predictions",
     "Result",
+    "Results",
+    "SweepError",
     "Task",
     "evaluate",
     "info",
@@ -36,5 +39,6 @@ __all__ = [
     "register",
     "report",
     "resume",
+    "sweep",
     "train",
 ]

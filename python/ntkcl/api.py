@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
 
-from ntkcl import _C
+from ntkcl import _C, seeds
 from ntkcl import config as _config
 from ntkcl.backbones import Weights, backbone_info, load_backbone
 from ntkcl.checkpoints import Checkpoint
@@ -27,8 +27,8 @@ from ntkcl.config import ARRAYS, Config, cautions, resolve
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
 from ntkcl.methods import Method, core_method, register_object, registered
 from ntkcl.progress import make_progress
-from ntkcl.result import Result, load_result, result_of
-from ntkcl.runfolder import RunFolder
+from ntkcl.result import Result, Results, load_result, result_of
+from ntkcl.runfolder import SEEDS_FILE, RunFolder, check_same
 from ntkcl.tensorboard import TensorBoardLog
 
 logger = logging.getLogger("ntkcl")
@@ -36,15 +36,36 @@ logger = logging.getLogger("ntkcl")
 Callback = Callable[[dict[str, Any]], object]
 
 
+@overload
+def train(
+    config: str | os.PathLike[str] | None = None,
+    *,
+    seeds: Sequence[int],
+    callbacks: Sequence[Callback] = (),
+    **keywords: Any,
+) -> Results: ...
+
+
+@overload
+def train(
+    config: str | os.PathLike[str] | None = None,
+    *,
+    seeds: None = None,
+    callbacks: Sequence[Callback] = (),
+    **keywords: Any,
+) -> Result: ...
+
+
 def train(
     config: str | os.PathLike[str] | None = None,
     *,
     callbacks: Sequence[Callback] = (),
     **keywords: Any,
-) -> Result:
+) -> Result | Results:
     """Trains a method on a sequence of tasks, tests it after each, and writes a run folder.
 
     With nothing given it runs the embedded default: NTK-CL on scikit-learn's handwritten digits.
+    With `seeds` it runs once for each and gives `Results`: mean and standard deviation.
 
     Args:
       config: TOML file with the keys below; keywords win over it.
@@ -73,25 +94,15 @@ def run(
     config: Config,
     arrays: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
-) -> Result:
+) -> Result | Results:
     """Runs a resolved configuration; `arrays` are the images of dataset "arrays"."""
-    _check_arrays(config, arrays)
     for caution in cautions(config):
         warnings.warn(f"[config] {caution}", stacklevel=3)
-    if config.resume:
-        if config.output is None:
-            raise ValueError("[config] 'resume': expected an 'output' to go on with, got none")
-        config = config.model_copy(update={"resume": False})
-        if RunFolder.is_run(Path(str(config.output)).expanduser()):
-            return _go_on(config, arrays, callbacks)
-    folder = RunFolder.reserve(config)
-    try:
-        trainer, environment = _prepare(config, arrays)
-        folder.begin(config, environment)
-    except BaseException:
-        folder.discard()
-        raise
-    return _run(config, trainer, folder, callbacks)
+    if config.resume and config.output is None:
+        raise ValueError("[config] 'resume': expected an 'output' to go on with, got none")
+    if config.seeds is not None:
+        return seeds.run_seeds(config, lambda one: _run_one(one, arrays, callbacks))
+    return _run_one(config, arrays, callbacks)
 
 
 def resume(
@@ -102,14 +113,15 @@ def resume(
     weights: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     callbacks: Sequence[Callback] = (),
-) -> Result:
+) -> Result | Results:
     """Goes on with a run that was stopped or killed, from its last checkpoint.
 
     On the same machine, build and number of threads it ends as the uninterrupted run would have,
-    bit for bit. A finished run gives its result again.
+    bit for bit. A finished run gives its result again. Runs of several seeds go on one after the
+    other, as far as they are not finished, and give `Results`.
 
     Args:
-      run: its folder.
+      run: its folder, or that of several seeds.
       dataset, data_root, weights: where the same images and weights are now, if they have moved;
         arrays are given again.
       progress: whether to show progress; none: as the run was begun.
@@ -121,7 +133,8 @@ def resume(
         writes to it.
     """
     path = Path(run).expanduser()
-    if not RunFolder.is_run(path):
+    several = seeds.are_in(path)
+    if not several and not RunFolder.is_run(path):
         raise FileNotFoundError(
             f"[resume] expected the folder of a run, got no config.toml in '{path}'"
         )
@@ -134,6 +147,9 @@ def resume(
         "progress": progress,
     }
     given = {key: value for key, value in moved.items() if value is not None}
+    if several:
+        config = resolve(given | {"resume": True}, path / SEEDS_FILE)
+        return seeds.run_seeds(config, lambda one: _run_one(one, arrays, callbacks))
     return _go_on(resolve(given, path / "config.toml"), arrays, callbacks)
 
 
@@ -163,12 +179,31 @@ def info() -> dict[str, str]:
     }
 
 
+def _run_one(
+    config: Config, arrays: Mapping[str, Any] | None, callbacks: Sequence[Callback]
+) -> Result:
+    """One run; with `config.resume` the one that its folder holds."""
+    if config.resume:
+        config = config.model_copy(update={"resume": False})
+        if RunFolder.is_run(Path(str(config.output)).expanduser()):
+            return _go_on(config, arrays, callbacks)
+    _check_arrays(config, arrays)
+    folder = RunFolder.reserve(config)
+    try:
+        trainer, environment = _prepare(config, arrays)
+        folder.begin(config, environment)
+    except BaseException:
+        folder.discard()
+        raise
+    return _run(config, trainer, folder, callbacks)
+
+
 def _go_on(
     config: Config, arrays: Mapping[str, Any] | None, callbacks: Sequence[Callback]
 ) -> Result:
     """The run in `config.output`, which holds one."""
     path = Path(str(config.output)).expanduser()
-    _check_same(config, resolve(file=path / "config.toml"))
+    check_same(config, path / "config.toml")
     folder = RunFolder.reopen(path)
     with folder:
         if folder.finished:
@@ -190,24 +225,6 @@ def _check_arrays(config: Config, arrays: Mapping[str, Any] | None) -> None:
         )
 
 
-# Places and speed; that the images and weights are the same is seen by their hashes.
-_MAY_CHANGE = {
-    *("output", "resume", "progress", "tensorboard", "data_root", "dataset", "weights"),
-    *("loader_threads", "prefetch", "checkpoint_minutes", "checkpoint_steps"),
-}
-
-
-def _check_same(config: Config, begun: Config) -> None:
-    """The keys that decide what is computed are those that the run was begun with."""
-    given, of_run = config.flat(), begun.flat()
-    for key in given.keys() - _MAY_CHANGE:
-        if given[key] != of_run[key]:
-            raise ValueError(
-                f"[resume] '{key}': expected {of_run[key]!r}, as the run in '{config.output}' was "
-                f"begun, got {given[key]!r}"
-            )
-
-
 def _check_environment(config: Config, now: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
     for key, what in (("weights_sha256", "weights"), ("dataset_manifest", "images")):
         if now[key] != begun.get(key):
@@ -225,6 +242,11 @@ def _check_environment(config: Config, now: Mapping[str, Any], begun: Mapping[st
 
 
 def _prepare(config: Config, arrays: Mapping[str, Any] | None) -> tuple[_C.Trainer, dict[str, Any]]:
+    if config.dataset == ARRAYS and arrays is None:
+        raise ValueError(
+            '[config] \'dataset\': expected the arrays {"train": (images, labels), "test": ...}, '
+            "as a file does not hold them, got 'arrays'"
+        )
     dataset = load_dataset(
         config.dataset if arrays is None else arrays,
         config.data_root,

@@ -3,11 +3,13 @@
     ntkcl train                      the embedded default
     ntkcl train --preset ntk-cl/cifar100-in21k --data-root ~/data --epochs 5
     ntkcl train --config c.toml --ntk-cl.eta 0.03
+    ntkcl train --seeds 0 1 2                mean and standard deviation over seeds
     ntkcl train --output runs/a --resume     go on with the run there, or begin it
     ntkcl resume runs/a
     ntkcl evaluate runs/a
     ntkcl predict runs/a cat.jpg folder/
     ntkcl report runs/a runs/b --output report.html
+    ntkcl sweep GRID.toml --jobs 2           every point of a grid, or what is left of it
     ntkcl methods | datasets | presets | backbones | info
 
 What is wrong in what was given ends as one line on stderr with exit code 2, Ctrl-C with 130.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import keyword
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
@@ -28,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ntkcl
-from ntkcl import _C, config, reporting
+from ntkcl import _C, config, reporting, sweeping
 from ntkcl.api import run
 from ntkcl.backbones import backbone_info
 from ntkcl.comparison import Table as Comparison
@@ -37,8 +40,9 @@ from ntkcl.datasets import KNOWN_DATASETS
 from ntkcl.datasets.loose_images import image_paths
 from ntkcl.names import did_you_mean
 from ntkcl.presets import PRESETS, PUBLISHED, PUBLISHED_TASK_MEANS
-from ntkcl.progress import result_table
-from ntkcl.result import Result, percent
+from ntkcl.progress import result_table, results_table
+from ntkcl.result import HEADLINE, Result, Results, percent
+from ntkcl.sweeping import SweepError
 
 _USER_ERRORS = (ValueError, TypeError, OSError)
 _UNSET = type("Unset", (str,), {})("")  # told from an empty text by identity
@@ -52,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_dispatch(words))
     except KeyboardInterrupt as stop:
         sys.exit(_fail(stop, 130))
-    except FloatingPointError as error:
+    except (FloatingPointError, SweepError) as error:
         sys.exit(_fail(error, 1))
     except _USER_ERRORS as error:
         sys.exit(_fail(error, 2))
@@ -90,13 +94,17 @@ def _train(words: list[str]) -> None:
     _show(run(config.resolve(given, file)))
 
 
-def _show(result: Result) -> None:
-    made = result.config
+def _show(result: Result | Results) -> None:
+    made = result[0].config if isinstance(result, Results) else result.config
     console = Console()
-    console.print(result_table(result))
+    if isinstance(result, Results):
+        console.print(results_table(result))
+        speed = f"{sum(one.seconds for one in result):.1f} s"
+    else:
+        console.print(result_table(result))
+        speed = f"{result.seconds:.1f} s, {result.images_per_second:.0f} training images/s"
     console.print(
-        f"\n  {made.method} on {made.dataset}: {result.seconds:.1f} s, "
-        f"{result.images_per_second:.0f} training images/s, in {result.output}",
+        f"\n  {made.method} on {made.dataset}: {speed}, in {result.output}",
         soft_wrap=True,
         highlight=False,
     )
@@ -266,6 +274,73 @@ def _predict(words: list[str]) -> None:
     _call(predict, words, "predict", _predict.__doc__)
 
 
+def _sweep(words: list[str]) -> None:
+    """Run every point of a grid of settings, or what is left of it."""
+
+    def sweep(
+        grid: Annotated[
+            tyro.conf.Positional[str],
+            tyro.conf.arg(metavar="GRID", help="TOML file with [base], [grid] and [[points]]"),
+        ],
+        jobs: Annotated[
+            int | None, tyro.conf.arg(metavar="INT", help="processes at a time; none: 1")
+        ] = None,
+        ray: Annotated[
+            tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help="run each point as a Ray task")
+        ] = False,
+        slurm: Annotated[
+            str | None,
+            tyro.conf.arg(metavar="FILE", help="write a job array for Slurm, run nothing"),
+        ] = None,
+        list: Annotated[
+            tyro.conf.FlagCreatePairsOff[bool],
+            tyro.conf.arg(help="show the points and how far they are, run nothing"),
+        ] = False,
+        point: Annotated[
+            int | None,
+            tyro.conf.arg(metavar="INT", help="run this one alone, numbered as in --list"),
+        ] = None,
+    ) -> None:
+        ways = {"jobs": jobs, "ray": ray, "slurm": slurm, "list": list, "point": point}
+        given = [f"--{name}" for name, v in ways.items() if v is not None and v is not False]
+        if len(given) > 1:
+            raise ValueError(f"[sweep] expected one way to run it, got {' and '.join(given)}")
+        points, _ = sweeping.read_grid(grid)
+        if list:
+            _print_points(points)
+        elif slurm is not None:
+            sweeping.write_slurm_script(grid, slurm)
+            print(f"{len(points)} points: sbatch {shlex.quote(slurm)}")
+        elif point is not None:
+            if not 0 <= point < len(points):
+                raise ValueError(f"[sweep] 'point': expected 0 ... {len(points) - 1}, got {point}")
+            _show(run(points[point].config))
+        else:
+            _run_points(grid, points, jobs=1 if jobs is None else jobs, ray=ray)
+
+    _call(sweep, words, "sweep", _sweep.__doc__)
+
+
+def _run_points(grid: str, points: Sequence[sweeping.Point], jobs: int, ray: bool) -> None:
+    try:
+        ntkcl.sweep(grid, jobs=jobs, ray=ray)
+    except SweepError as error:
+        _print_points(points, error.failures)
+        raise
+    _print_points(points)
+
+
+def _print_points(points: Sequence[sweeping.Point], failed: Iterable[str] = ()) -> None:
+    columns = [name.replace("_", " ") for name in HEADLINE[:3]]
+    rows = []
+    for number, point in enumerate(points):
+        state = point.state
+        numbers = point.load().headline() if state == "finished" else {}
+        texts = [numbers.get(column, "-") for column in columns]
+        rows.append([str(number), point.name, "failed" if point.name in failed else state, *texts])
+    _print_table(["", "point", "state", *columns], rows)
+
+
 def _report(words: list[str]) -> None:
     """Compare finished runs: tables, plots, CSV and LaTeX."""
 
@@ -374,6 +449,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "resume": _resume,
     "evaluate": _evaluate,
     "predict": _predict,
+    "sweep": _sweep,
     "report": _report,
     "info": _info,
     "methods": _methods,

@@ -83,6 +83,9 @@ class Config(BaseModel):
     class_order_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
         None, description="seed that permutes the classes; none: as `seed`"
     )
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="seeds of several runs, a folder `seed-<seed>` each; none: one, `seed`"
+    )
     output: str | None = Field(None, description="run folder; none: runs/<method>-<dataset>-<time>")
     resume: bool = Field(
         False, description="go on with the run in `output`, or begin it where there is none"
@@ -120,7 +123,7 @@ class Config(BaseModel):
 
     def flat(self) -> dict[str, Any]:
         """Every key with its value; a method's keys are dotted ("ntk_cl.eta")."""
-        return _flatten(self.model_dump())
+        return flatten(self.model_dump())
 
     def _group(self, group: str) -> dict[str, Any]:
         infos = _C.describe_options()[group]
@@ -194,17 +197,22 @@ def resolve(
       TypeError: value of the wrong type.
       FileNotFoundError: no such file.
     """
-    given = (_flatten(read_toml(file)) if file is not None else {}) | _flatten(keywords or {})
+    given = override(flatten(read_toml(file)) if file is not None else {}, flatten(keywords or {}))
     _check_known(given)
 
     preset_name = _select(given, "preset", presets.list_presets())
-    preset = _flatten(presets.PRESETS[preset_name]) if preset_name is not None else {}
+    preset = flatten(presets.PRESETS[preset_name]) if preset_name is not None else {}
     chosen = preset | given
     methods = _methods()
     method = _select(chosen, "method", list(methods))
     variants = methods[method]["variants"]
     variant = _select(chosen, "variant", list(variants) or list(_VARIANT_NORMALIZE))
     _check_sections(given, method)
+    if given.get("seeds") is not None and "seed" in given:
+        raise ValueError(
+            f"[config] 'seeds': expected either seeds or a seed, got {_shown(given['seeds'])} and "
+            f"seed {_shown(given['seed'])}"
+        )
 
     backbone = _select(chosen, "backbone", list_backbones())
     dataset = _select(chosen, "dataset", None)
@@ -212,8 +220,8 @@ def resolve(
     layers: list[Mapping[str, Any]] = [
         {"image_size": backbone_info(backbone).image_size},
         methods[method]["defaults"],
-        _flatten(presets.DATASET_DEFAULTS.get(dataset, {})),
-        _flatten(presets.METHOD_DEFAULTS.get((dataset, method), {})),
+        flatten(presets.DATASET_DEFAULTS.get(dataset, {})),
+        flatten(presets.METHOD_DEFAULTS.get((dataset, method), {})),
         {"normalize": _VARIANT_NORMALIZE.get(variant, "weights")},
         {f"{section}.{key}": value for key, value in variants.get(variant, {}).items()},
         preset,
@@ -225,6 +233,13 @@ def resolve(
     config = _validate(_nest(merged), method)
     _check_combinations(config)
     return config
+
+
+def override(given: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat keys, of which those in `by` win; `seed` and `seeds` take each other's place."""
+    gone = {"seed": "seeds", "seeds": "seed"}
+    replaced = {gone[key] for key in by if key in gone and by[key] is not None}
+    return {key: value for key, value in given.items() if key not in replaced} | dict(by)
 
 
 def cautions(config: Config) -> list[str]:
@@ -257,6 +272,8 @@ def to_toml(config: Config) -> str:
         value = values[option.key]
         *parents, key = option.key.split(".")
         if value is None:  # TOML has no null; such keys are none by default
+            continue
+        if key == "seed" and config.seeds is not None:
             continue
         if parents and parents[0] != section:
             section = parents[0]
@@ -298,6 +315,7 @@ def _own_type(key: str) -> tuple[str, Any, str]:
         "normalize": ("str", "by variant", "none, weights or {mean, std}"),
         "class_order": ("str", default, "seed, natural or class indices"),
         "class_order_seed": ("int", default, ">= 0"),
+        "seeds": ("list[int]", default, ">= 0"),
         "method": ("str", default, "one of: " + ", ".join(_C.describe_options()["methods"])),
         "variant": ("str", default, "one of: " + ", ".join(_VARIANT_NORMALIZE)),
     }
@@ -431,11 +449,14 @@ def _check_combinations(config: Config) -> None:
             "[config] 'milestones': expected schedule 'multistep', "
             f"got schedule '{config.schedule}'"
         )
+    seeds = [config.seed] if config.seeds is None else config.seeds
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"[config] 'seeds': expected one or more, each once, got {_shown(seeds)}")
     order = config.class_order
-    if order == "seed" and config.class_order_seed is None and config.seed >= 2**32:
+    if order == "seed" and config.class_order_seed is None and max(seeds) >= 2**32:
         raise ValueError(
-            "[config] 'seed': expected less than 2**32 where it permutes the classes "
-            f"(class_order 'seed'), got {config.seed}"
+            f"[config] '{'seed' if config.seeds is None else 'seeds'}': expected less than 2**32 "
+            f"where it permutes the classes (class_order 'seed'), got {max(seeds)}"
         )
     if isinstance(order, list) and sorted(order) != list(range(len(order))):
         raise ValueError(
@@ -444,7 +465,7 @@ def _check_combinations(config: Config) -> None:
         )
 
 
-def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Sections become dotted keys; values become plain Python values."""
     sections = {special["section"] for special in _C.describe_options()["methods"].values()}
     flat: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ntkcl.result import Result, percent
+from ntkcl.result import HEADLINE, Result, Results, percent
 
 Event = Mapping[str, Any]
 
@@ -43,6 +43,9 @@ class Silent:
         if handler is not None:
             handler(event)
 
+    def say(self, text: str) -> None:
+        """Shows a line beside what the events tell."""
+
 
 class Lines(Silent):
     """One line per epoch and per test: for log files and notebooks."""
@@ -54,25 +57,25 @@ class Lines(Silent):
     def on_run_begin(self, event: Event) -> None:
         self._tasks = event["tasks"]
         sizes = ", ".join(str(size) for size in event["task_sizes"])
-        self._print(f"{self._tasks} tasks of {sizes} classes, {event['steps']} training steps")
+        self.say(f"{self._tasks} tasks of {sizes} classes, {event['steps']} training steps")
 
     def on_resume(self, event: Event) -> None:
         self._tasks = event["tasks"]
-        self._print(
+        self.say(
             f"goes on in task {min(event['task'] + 1, self._tasks)} of {self._tasks}, after "
             f"{event['steps_done']} of {event['steps']} training steps"
         )
 
     def on_epoch(self, event: Event) -> None:
-        self._print(
+        self.say(
             f"{_task_text(event, self._tasks)}  epoch {event['epoch'] + 1}/{event['epochs']}  "
             f"{_loss_text(event['losses'])}  {event['images_per_second']:.0f} images/s"
         )
 
     def on_evaluation(self, event: Event) -> None:
-        self._print(f"{_task_text(event, self._tasks)}  {_accuracy_text(event)}")
+        self.say(f"{_task_text(event, self._tasks)}  {_accuracy_text(event)}")
 
-    def _print(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -139,13 +142,14 @@ class Live(Silent):
         )
 
     def on_evaluation(self, event: Event) -> None:
-        self._progress.console.print(
-            f"{_task_text(event, self._tasks)}  {_accuracy_text(event)}", highlight=False
-        )
+        self.say(f"{_task_text(event, self._tasks)}  {_accuracy_text(event)}")
 
     def on_task_end(self, event: Event) -> None:
         if not self._has_steps:
             self._progress.advance(self._all)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, markup=False)
 
 
 def make_progress(shown: bool) -> Silent:
@@ -158,6 +162,11 @@ def make_progress(shown: bool) -> Silent:
     return Live(console) if console.is_terminal else Lines(console)
 
 
+def announce(shown: bool, text: str) -> None:
+    """A line before the display of a run."""
+    make_progress(shown).say(text)
+
+
 def result_table(result: Result) -> Group:
     """Accuracies after each task, and the headline numbers below."""
     table = Table(box=box.SIMPLE_HEAD)
@@ -166,12 +175,26 @@ def result_table(result: Result) -> Group:
     for e in result.evaluations:
         numbers = (e.top1, e.new_classes, e.old_classes, e.task_id, e.within_task)
         table.add_row(str(e.task + 1), *(percent(number) for number in numbers))
+    return Group(table, _headline(result))
+
+
+def results_table(results: Results) -> Group:
+    """The headline numbers of each seed, and their mean and deviation below."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("seed", *HEADLINE):
+        table.add_column(name.replace("_", " "), justify="right")
+    for seed, result in zip(results.seeds, results, strict=True):
+        table.add_row(str(seed), *(percent(getattr(result, name)) for name in HEADLINE))
+    return Group(table, _headline(results))
+
+
+def _headline(result: Result | Results) -> Table:
     headline = Table.grid(padding=(0, 2))
     headline.add_column()
     headline.add_column(justify="right", style="bold")
     for name, text in result.headline().items():
         headline.add_row(f"  {name}", text)
-    return Group(table, headline)
+    return headline
 
 
 def _task_text(event: Event, tasks: int) -> str:

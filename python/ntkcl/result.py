@@ -6,10 +6,10 @@ import html
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,17 @@ from ntkcl.config import Config, cautions, resolve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+METRICS = (
+    "final_accuracy",
+    "average_accuracy",
+    "final_task_mean",
+    "average_task_mean",
+    "forgetting",
+    "backward_transfer",
+)
+HEADLINE = ("final_accuracy", "average_accuracy", "forgetting", "backward_transfer")
 
 
 @dataclass(frozen=True)
@@ -102,14 +113,7 @@ class Result:
 
     def headline(self) -> dict[str, str]:
         """The numbers that are quoted first, as text by name."""
-        cautions_of = cautions(self.config)
-        return {
-            "final accuracy": percent(self.final_accuracy),
-            "average accuracy": percent(self.average_accuracy),
-            "forgetting": percent(self.forgetting),
-            "backward transfer": percent(self.backward_transfer),
-            **({"caution": "; ".join(cautions_of)} if cautions_of else {}),
-        }
+        return _headline({name: percent(getattr(self, name)) for name in HEADLINE}, self.config)
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name} {text}" for name, text in self.headline().items())
@@ -133,6 +137,82 @@ class Result:
             f"<p><b>{title}</b> · {numbers} · {self.seconds:.1f} s</p>"
             f"<table><tr><th>after task</th><th>all seen</th>{head}</tr>{rows}</table>"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Results(Sequence[Result]):
+    """Results of runs that differ in their seed alone: S of them in the order of the seeds.
+
+    Their scalar metrics (METRICS) have a `mean` and a sample standard deviation `std`, by name.
+    """
+
+    runs: tuple[Result, ...]
+    output: Path  # the folder of all seeds
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(result.config.seed for result in self.runs)
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Mean of each metric over the seeds."""
+        return {name: float(np.mean(self._values(name))) for name in METRICS}
+
+    @property
+    def std(self) -> dict[str, float]:
+        """Sample standard deviation of each metric over the seeds; NaN for one seed."""
+        several = len(self.runs) > 1
+        return {
+            name: float(np.std(self._values(name), ddof=1)) if several else math.nan
+            for name in METRICS
+        }
+
+    @property
+    def accuracy(self) -> NDArray[np.float64]:
+        """(S, T): A_t after each task."""
+        return np.array([result.accuracy for result in self.runs], dtype=np.float64)
+
+    def headline(self) -> dict[str, str]:
+        """The numbers that are quoted first, mean and standard deviation, as text by name."""
+        mean, std = self.mean, self.std
+        texts = {name: percent(mean[name], std[name]) for name in HEADLINE}
+        return _headline(texts, self.runs[0].config)
+
+    @overload
+    def __getitem__(self, index: int) -> Result: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Result, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Result | tuple[Result, ...]:
+        return self.runs[index]
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name} {text}" for name, text in self.headline().items())
+        config = self.runs[0].config
+        return (
+            f"<ntkcl.Results {config.method} on {config.dataset}, "
+            f"seeds {', '.join(map(str, self.seeds))}: {numbers}; '{self.output}'>"
+        )
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in HEADLINE)
+        rows = "".join(
+            f"<tr><th>{result.config.seed}</th>"
+            + "".join(f"<td>{percent(getattr(result, name))}</td>" for name in HEADLINE)
+            + "</tr>"
+            for result in self.runs
+        )
+        config = self.runs[0].config
+        numbers = " · ".join(f"{name} <b>{text}</b>" for name, text in self.headline().items())
+        title = html.escape(f"{config.method} on {config.dataset}, {len(self)} seeds")
+        return f"<p><b>{title}</b> · {numbers}</p><table><tr><th>seed</th>{head}</tr>{rows}</table>"
+
+    def _values(self, name: str) -> list[float]:
+        return [getattr(result, name) for result in self.runs]
 
 
 def result_of(raw: Mapping[str, Any], output: Path, config: Config) -> Result:
@@ -169,6 +249,17 @@ def _with_nan(value: Any) -> Any:
     return [_with_nan(inner) for inner in value] if isinstance(value, list) else value
 
 
-def percent(value: float) -> str:
-    """ "93.76 %", and "-" where undefined."""
-    return "-" if math.isnan(value) else f"{value:.2f} %"
+def percent(value: float, deviation: float = math.nan) -> str:
+    """ "93.76 %", "93.76 ± 0.12 %", and "-" where undefined."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.2f} %" if math.isnan(deviation) else f"{value:.2f} ± {deviation:.2f} %"
+
+
+def _headline(numbers: Mapping[str, str], config: Config) -> dict[str, str]:
+    """Under the names that are read, with what a reader must know."""
+    cautions_of = cautions(config)
+    return {
+        **{name.replace("_", " "): text for name, text in numbers.items()},
+        **({"caution": "; ".join(cautions_of)} if cautions_of else {}),
+    }

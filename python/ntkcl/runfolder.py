@@ -31,14 +31,21 @@ from typing import Any, BinaryIO, Self
 import torch
 
 from ntkcl.checkpoints import Checkpoints
-from ntkcl.config import Config, to_toml
+from ntkcl.config import Config, resolve, to_toml
 from ntkcl.files import remove_temporaries, safetensors_bytes, sync_folder, write_atomically
 from ntkcl.model import write_model
 from ntkcl.result import Result
 
 logger = logging.getLogger("ntkcl")
 
-_OF_A_RUN = ("config.toml", "events.jsonl", "result.json")
+SEEDS_FILE = "seeds.toml"  # of a folder of runs that differ in their seed, see seeds.py
+_OF_A_RUN = ("config.toml", "events.jsonl", "result.json", SEEDS_FILE)
+
+# Places and speed; that the images and weights are the same is seen by their hashes.
+_MAY_CHANGE = {
+    *("output", "resume", "progress", "tensorboard", "data_root", "dataset", "weights", "seeds"),
+    *("loader_threads", "prefetch", "checkpoint_minutes", "checkpoint_steps"),
+}
 
 
 class RunFolder:
@@ -58,7 +65,7 @@ class RunFolder:
         """Makes the folder, or raises before any work: ValueError where it holds a run, OSError
         where it cannot be written to."""
         path = Path(config.output).expanduser() if config.output else _default_path(config)
-        _check_free(path)
+        check_free(path)
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -117,7 +124,7 @@ class RunFolder:
         """Writes what is known beforehand and opens the event log. The configuration makes the
         folder a run's: it comes after what a resumed run wants to find beside it."""
         self._lock()
-        _check_free(self.path)  # nobody has begun a run since
+        check_free(self.path)  # nobody has begun a run since
         write_atomically(self.path / "environment.json", _json(environment))
         write_atomically(self.path / "config.toml", to_toml(config).encode())
         sync_folder(self.path.parent)
@@ -225,7 +232,8 @@ class RunFolder:
         write_atomically(self.path / "accuracy_matrix.csv", ("\n".join(lines) + "\n").encode())
 
 
-def _check_free(path: Path) -> None:
+def check_free(path: Path) -> None:
+    """ValueError where a folder holds a run."""
     holds = [name for name in _OF_A_RUN if (path / name).exists()]
     if holds:
         raise ValueError(
@@ -246,6 +254,18 @@ def _columns(of_images: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "inferred_tasks": inferred_task,
         "confidences": of_images["confidences"],
     }
+
+
+def check_same(config: Config, file: Path) -> None:
+    """ValueError where a key that decides what is computed is not as in the configuration file of a
+    run that was begun."""
+    given, begun = config.flat(), resolve(file=file).flat()
+    for key in given.keys() - _MAY_CHANGE:
+        if given[key] != begun[key]:
+            raise ValueError(
+                f"[resume] '{key}': expected {begun[key]!r}, as the run in '{file.parent}' was "
+                f"begun, got {given[key]!r}"
+            )
 
 
 def _default_path(config: Config) -> Path:

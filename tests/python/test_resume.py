@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -65,17 +66,19 @@ KEYS = {"epochs": 2, "transform": "inception", "initial_learning_rate": 0.01}
 class Stops:
     """Asks a run to stop when it has asked for the n-th time."""
 
-    def __init__(self, after: int) -> None:
-        self.left = after
+    def __init__(self, after: float) -> None:
+        self.after = after
+        self.asked = 0
 
     def __call__(self, _: object) -> bool:
-        self.left -= 1
-        return self.left < 0
+        self.asked += 1
+        return self.asked > self.after
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, questions: int) -> None:
+def stop_after(monkeypatch: pytest.MonkeyPatch, questions: float = math.inf) -> Stops:
     stops = Stops(questions)
     monkeypatch.setattr(ntkcl.api._StopSignal, "__call__", lambda self: stops(self))
+    return stops
 
 
 def resume(output: Path, **keywords: Any) -> ntkcl.Result:
