@@ -9,6 +9,7 @@ import html
 import re
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 _BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
@@ -16,7 +17,13 @@ _BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 
 def on_page_content(content: str, **_: object) -> str:
     """Called by MkDocs with the HTML of each page."""
-    content = _INLINE.sub(lambda found: convert(html.unescape(found[1])), content)
-    return _BLOCK.sub(
-        lambda found: convert(html.unescape(found[1]).strip(), display="block"), content
-    )
+    content = _INLINE.sub(lambda found: _mathml(found[1], "inline"), content)
+    return _BLOCK.sub(lambda found: _mathml(found[1], "block"), content)
+
+
+def _mathml(escaped: str, display: str) -> str:
+    source = html.unescape(escaped).strip()
+    mathml = convert(source, display=display)
+    if "\\" in mathml:  # a command that the converter does not know is left as it is
+        raise PluginError(f"no MathML for a command in the equation {source}")
+    return mathml
