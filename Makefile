@@ -49,7 +49,7 @@ demo: build  ## Set everything up and run the main job: continual learning on re
 	ntkcl train
 
 .PHONY: test
-test: setup build lint test-cpp main-job test-python  ## Set everything up and run all checks and tests
+test: setup build lint docs test-cpp main-job test-python  ## Set everything up and run all checks and tests
 
 # ---- setting up ----------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ $(INSTALLED): $(STAMPS)/torch pyproject.toml
 	@echo "Compiling and installing ntkcl: a few minutes on two cores."
 	$(PY) -m pip install -q --no-build-isolation -Cbuild-dir=$(BUILD) \
 	  -Ccmake.define.NTKCL_BUILD_TESTS=ON -Ccmake.define.NTKCL_WERROR=$(WERROR) \
-	  -Ccmake.define.NTKCL_PCH=$(NTKCL_PCH) -e ".[dev]"
+	  -Ccmake.define.NTKCL_PCH=$(NTKCL_PCH) -e ".[dev,docs]"
 	touch $@
 
 # ---- the daily loop ------------------------------------------------------------------------------
@@ -108,6 +108,11 @@ lint: build/stubs/ntkcl/_C.pyi  ## clang-format, ruff, mypy, type stubs
 	ruff format --check .
 	diff -u python/ntkcl/_C.pyi $< || { echo "The bindings have changed: run make stubs"; exit 1; }
 	mypy
+
+# Nothing is fetched: fonts are the reader's, equations are MathML.
+.PHONY: docs
+docs: setup  ## The documentation site, into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict -f docs/site/mkdocs.yml
 
 .PHONY: format
 format: setup  ## Rewrite the sources as `make lint` wants them

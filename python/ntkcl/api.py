@@ -122,8 +122,9 @@ def resume(
 
     Args:
       run: its folder, or that of several seeds.
-      dataset, data_root, weights: where the same images and weights are now, if they have moved;
-        arrays are given again.
+      dataset: where the same images are now, if they have moved; arrays are given again.
+      data_root: the same of the folder that holds the named data sets.
+      weights: the same of the backbone's safetensors file.
       progress: whether to show progress; none: as the run was begun.
       callbacks: as of `train`.
 

@@ -41,10 +41,16 @@ FORMAT = 1
 
 
 class Predictions(NamedTuple):
-    """What `Model.predict` gives: of each image the class, and the scores of all classes."""
+    """What `Model.predict` gives.
+
+    Attributes:
+      labels: the class of each image.
+      scores: (n, classes), of all classes as `Model.classes` has them; the largest is the
+        prediction.
+    """
 
     labels: list[str]
-    scores: NDArray[np.float32]  # (n, classes); the largest is the prediction
+    scores: NDArray[np.float32]
 
 
 class ModelFile(pydantic.BaseModel):
@@ -271,7 +277,8 @@ def load(
     Args:
       run: its folder.
       weights: safetensors file of the backbone, if it has moved.
-      device, threads: where to compute now; none: as in the run.
+      device: where to compute now; none: as in the run.
+      threads: how many CPU threads to use; none: as in the run.
 
     Raises:
       FileNotFoundError: no model there, or its backbone is not found.

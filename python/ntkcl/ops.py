@@ -161,7 +161,7 @@ def composed_linear(
 
 
 def philox_keep_mask(key: torch.Tensor, size: Sequence[int], p: float) -> torch.Tensor:
-    """The dropout mask that a key stands for: the one that :func:`bias_relu_dropout` draws from it.
+    """The dropout mask that a key stands for: the one that ``bias_relu_dropout`` draws from it.
 
     Args:
         key: One int64. The mask is made on its device.
@@ -186,7 +186,7 @@ def section_cosine(
     """``scores[i, k] = sum_s weights[s] * cos(x[i, s], prototypes[k, s])``, section by section.
 
     With one section, and the scale as ``weights``, this is a cosine classifier's logits. The
-    norms are clamped from below at 1e-12, as in :func:`torch.nn.functional.normalize`.
+    norms are clamped from below at 1e-12, as in ``torch.nn.functional.normalize``.
 
     Args:
         x: (B, S*C), float32, float64 or bfloat16.

@@ -6,6 +6,7 @@ from typing import Any
 
 from ntkcl import _C
 from ntkcl.config import Option, options, toml_value
+from ntkcl.presets import PRESETS, PUBLISHED, PUBLISHED_TASK_MEANS
 
 _HEAD = """# Configuration
 
@@ -53,6 +54,29 @@ def configuration_page() -> str:
                 if values
             ]
     return "\n".join(parts)
+
+
+def preset_table(method: str) -> str:
+    """The published settings of a method as Markdown, for its page in docs/methods."""
+    task_means = any(name.startswith(f"{method}/") for name in PUBLISHED_TASK_MEANS)
+    head = ("final task mean", "forgetting") if task_means else ("average", "final")
+    lines = [
+        f"| preset | classes | rate | batch | epochs | {' | '.join(head)} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, preset in PRESETS.items():
+        if preset["method"] != method:
+            continue
+        published = (PUBLISHED_TASK_MEANS if task_means else PUBLISHED).get(name)
+        cells = [
+            f"`{name}`",
+            f"{preset['initial_classes']}+{preset['increment']}",
+            *(f"{preset[key]:.4g}" for key in ("learning_rate", "batch_size", "epochs")),
+            *(f"{value:.2f}" for value in published or ()),
+            *(["-"] * 2 if published is None else []),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _table(rows: list[Option]) -> str:

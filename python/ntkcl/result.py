@@ -33,18 +33,31 @@ HEADLINE = ("final_accuracy", "average_accuracy", "forgetting", "backward_transf
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The test after one task, over all classes seen so far. Percentages; NaN where undefined."""
+    """The test after one task, over all classes seen so far. Percentages; NaN where undefined.
 
-    task: int  # from 0
-    count: int  # test images
-    top1: float  # A_t
-    top5: float  # NaN up to five classes seen
-    per_task: tuple[float, ...]  # accuracy on each seen task
-    old_classes: float  # accuracy on classes of earlier tasks; NaN after the first
-    new_classes: float  # accuracy on classes of this task
-    task_id: float  # the predicted class is in the right task
-    within_task: float  # argmax restricted to the true task
-    inferred_task: float  # the task that the method inferred is right; NaN where it infers none
+    Attributes:
+      task: number of the task, from 0.
+      count: test images.
+      top1: A_t.
+      top5: NaN up to five classes seen.
+      per_task: accuracy on each seen task.
+      old_classes: accuracy on classes of earlier tasks; NaN after the first.
+      new_classes: accuracy on classes of this task.
+      task_id: how often the predicted class is in the right task.
+      within_task: accuracy where the prediction is restricted to the true task.
+      inferred_task: how often the task that the method inferred is right; NaN where it infers none.
+    """
+
+    task: int
+    count: int
+    top1: float
+    top5: float
+    per_task: tuple[float, ...]
+    old_classes: float
+    new_classes: float
+    task_id: float
+    within_task: float
+    inferred_task: float
 
     @classmethod
     def of(cls, numbers: Mapping[str, Any]) -> Evaluation:
@@ -54,13 +67,27 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """Accuracies in percent (0 to 100), T tasks.
+    """What a run gives back. Accuracies in percent (0 to 100), T tasks.
 
-    `accuracy_matrix[i, j]` is the accuracy on task j after task i, NaN for j > i.
-    `final_accuracy` is A_T over all test images, `average_accuracy` the mean of A_1 ... A_T; the
-    `*_task_mean` weigh tasks equally. `forgetting` is the mean over earlier tasks of best minus
-    final accuracy, `backward_transfer` of final accuracy minus that right after the task (both 0
-    with one task).
+    Attributes:
+      final_accuracy: A_T, over all test images.
+      average_accuracy: the mean of A_1 ... A_T.
+      final_task_mean: the mean of the tasks' accuracies after the last; tasks weigh equally.
+      average_task_mean: the mean of such means after each task.
+      forgetting: the mean over earlier tasks of best minus final accuracy; 0 with one task.
+      backward_transfer: the mean over earlier tasks of final accuracy minus that right after the
+        task; 0 with one task.
+      accuracy_matrix: (T, T), [i, j]: the accuracy on task j after task i; NaN for j > i.
+      evaluations: the test after each task.
+      seconds: wall time of the run.
+      training_seconds: of it, in training steps.
+      images_per_second: images trained on per training second.
+      trainable_parameters: the most that a task trains.
+      stored_parameters: numbers that the method keeps beside the backbone.
+      peak_memory: bytes: of the process, with CUDA of the device.
+      skipped_images: corrupt images left out, with on_corrupt="skip".
+      output: the run folder.
+      config: the configuration that it was run with.
     """
 
     final_accuracy: float
@@ -69,16 +96,16 @@ class Result:
     average_task_mean: float
     forgetting: float
     backward_transfer: float
-    accuracy_matrix: NDArray[np.float64]  # (T, T)
-    evaluations: tuple[Evaluation, ...]  # after each task
-    seconds: float  # wall time of the run
-    training_seconds: float  # of it, in training steps
-    images_per_second: float  # images trained on per training second
-    trainable_parameters: int  # the most that a task trains
-    stored_parameters: int  # numbers that the method keeps beside the backbone
-    peak_memory: int  # bytes: of the process, with CUDA of the device
-    skipped_images: int  # corrupt images left out, with on_corrupt="skip"
-    output: Path  # the run folder
+    accuracy_matrix: NDArray[np.float64]
+    evaluations: tuple[Evaluation, ...]
+    seconds: float
+    training_seconds: float
+    images_per_second: float
+    trainable_parameters: int
+    stored_parameters: int
+    peak_memory: int
+    skipped_images: int
+    output: Path
     config: Config
 
     @property
