@@ -184,7 +184,8 @@ def _draw_curve(axes: Axes, result: Result) -> None:
 
 
 def _style_curve(axes: Axes, tasks: int, low: float) -> None:
-    axes.set_ylim(max(0.0, 10 * math.floor(low / 10 - 0.5)), 101)
+    known = 0.0 if math.isnan(low) else low  # of a task without a readable test image
+    axes.set_ylim(max(0.0, 10 * math.floor(known / 10 - 0.5)), 101)
     axes.set_xlim(0.7, tasks + 0.3)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -97,7 +97,8 @@ class Model:
 
         Args:
           images: a path of an image, or of a folder of images (all below it, by name); an array,
-            uint8 (h, w, 3) or grey (h, w), or (n, h, w, 3); a PIL image; or a list of these.
+            uint8 (h, w, 3) or (n, h, w, 3), or grey (h, w) or (n, h, w); a PIL image; or a list
+            of these.
 
         Raises:
           FileNotFoundError: no such file, or no image in a folder.

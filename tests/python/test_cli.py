@@ -149,7 +149,7 @@ def test_ctrl_c_stops_after_the_step_with_exit_code_130_and_keeps_the_log(tmp_pa
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert re.search(
-        r"ntkcl: \[train\] stopped in task 0, steps done there: \d+; "
+        r"ntkcl: \[train\] stopped in task 1 of 5, after \d+ steps of it; "
         r"what was finished is in 'run'",
         errors,
     )

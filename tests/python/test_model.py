@@ -111,6 +111,7 @@ def test_images_come_as_paths_folders_arrays_and_lists(
     np.testing.assert_allclose(model.predict(tmp_path / "folder").scores, expected[:2], atol=1e-6)
     np.testing.assert_allclose(model.predict(pixels[0]).scores, expected[:1], atol=1e-6)
     grey = np.full((9, 9), 128, np.uint8)
+    assert model.predict(np.stack([grey, grey])).scores.shape == (2, CLASSES)
     np.testing.assert_allclose(
         model.predict([grey, pixels[1]]).scores[:1],
         model.predict(np.repeat(grey[..., None], 3, 2)).scores,
@@ -124,7 +125,7 @@ def test_images_come_as_paths_folders_arrays_and_lists(
         ("nowhere.png", FileNotFoundError, "no such file: 'nowhere.png'"),
         ([], ValueError, "at least one image, got none"),
         (np.zeros((2, 2, 3), np.float32), TypeError, "expected uint8 pixels, got float32"),
-        (np.zeros((2, 2, 5), np.uint8), ValueError, r"got \(1, 2, 2, 5\)"),
+        (np.zeros((2, 2, 5, 4), np.uint8), ValueError, r"got \(2, 2, 5, 4\)"),
         (7, TypeError, "a list of these, got int"),
     ],
 )

@@ -221,7 +221,7 @@ def test_should_stop_is_asked_after_every_step() -> None:
     # Protects: whoever embeds the task loop can end it without a signal.
     seen: list[dict[str, Any]] = []
     trainer = bare_trainer("ntk-cl", {})
-    with pytest.raises(KeyboardInterrupt, match=r"stopped in task 0, steps done there: 1"):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped in task 1 of 3, after 1 steps of it"):
         trainer.run(seen.append, lambda: True)
     assert [event["event"] for event in seen] == ["run_begin", "task_begin", "step"]
 

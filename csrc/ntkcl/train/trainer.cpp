@@ -515,8 +515,8 @@ void Trainer::check_stop() const {
 }
 
 void Trainer::stop() const {
-  NTKCL_FAIL(Interrupted, "train", "stopped in task ", info_.index,
-             ", steps done there: ", progress_.step);
+  NTKCL_FAIL(Interrupted, "train", "stopped in task ", info_.index + 1, " of ", info_.count,
+             ", after ", progress_.step, " steps of it");
 }
 
 }  // namespace ntkcl::train

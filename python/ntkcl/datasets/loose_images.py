@@ -109,12 +109,14 @@ def _files(path: Path) -> Iterator[str]:
 def _arrays(array: NDArray[Any]) -> Iterator[Pixels]:
     if array.dtype != np.uint8:
         raise TypeError(f"[images] expected uint8 pixels, got {array.dtype}")
-    if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, axis=2)
+    given = array.shape
+    if array.ndim == 2 or (array.ndim == 3 and given[2] != 3):  # grey
+        array = np.repeat(array[..., None], 3, axis=-1)
     if array.ndim == 3:
         array = array[None]
     if array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:]:
         raise ValueError(
-            f"[images] expected arrays (h, w, 3), (h, w) or (n, h, w, 3), got {array.shape}"
+            "[images] expected arrays (h, w, 3) or (n, h, w, 3), or grey (h, w) or (n, h, w), got "
+            f"{given}"
         )
     yield from array
