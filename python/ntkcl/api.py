@@ -29,7 +29,7 @@ from ntkcl.methods import Method, core_method, register_object, registered
 from ntkcl.progress import make_progress
 from ntkcl.result import Result, Results, load_result, result_of
 from ntkcl.runfolder import SEEDS_FILE, RunFolder, check_same
-from ntkcl.tensorboard import TensorBoardLog
+from ntkcl.tensorboard import TensorBoardLog, summary_writer
 
 logger = logging.getLogger("ntkcl")
 
@@ -248,6 +248,8 @@ def _prepare(config: Config, arrays: Mapping[str, Any] | None) -> tuple[_C.Train
             '[config] \'dataset\': expected the arrays {"train": (images, labels), "test": ...}, '
             "as a file does not hold them, got 'arrays'"
         )
+    if config.tensorboard:
+        summary_writer()  # refuses before there is a folder
     dataset = load_dataset(
         config.dataset if arrays is None else arrays,
         config.data_root,

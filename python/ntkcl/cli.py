@@ -44,7 +44,7 @@ from ntkcl.progress import result_table, results_table
 from ntkcl.result import HEADLINE, Result, Results, percent
 from ntkcl.sweeping import SweepError
 
-_USER_ERRORS = (ValueError, TypeError, OSError)
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 _UNSET = type("Unset", (str,), {})("")  # told from an empty text by identity
 _UNSET_LIST: list[str] = []
 

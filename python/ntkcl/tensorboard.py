@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import Any
 
 
+def summary_writer() -> Any:
+    """The class that writes; ImportError says what to install."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError(
+            "[tensorboard] expected the package tensorboard: pip install ntkcl[tensorboard]"
+        ) from None
+    return SummaryWriter
+
+
 class TensorBoardLog:
     """A callback that writes scalars: losses and the learning rate by training step, speed by
     epoch, accuracies by task. Of a resumed run, what will happen again is hidden."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ImportError(
-                "[tensorboard] expected the package tensorboard: pip install ntkcl[tensorboard]"
-            ) from None
-        self._make = SummaryWriter
+        self._make = summary_writer()
         self._folder = str(folder)
         self._writer: Any = None
         self._steps = 0

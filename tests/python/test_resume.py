@@ -425,6 +425,15 @@ def test_a_failing_callback_ends_the_run(tmp_path: Path) -> None:
         train(tmp_path / "run", callbacks=[fail])
 
 
+def test_without_tensorboard_nothing_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install ntkcl\[tensorboard\]"):
+        train(tmp_path / "run", tensorboard=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tensorboard_shows_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = stopped(tmp_path / "run", monkeypatch, after=13, tensorboard=True)
