@@ -5,14 +5,16 @@
     python benchmarks/accuracy.py --validation 0.25 --only corrected corrected-both --seeds 0
     python benchmarks/accuracy.py --report                    # write docs/results.md
 
-What is recorded is not run again, so the benchmark can be stopped (Ctrl-C, SIGTERM) and continued
-at any time; the run under way is lost, no more. Choices are made with --validation, which holds out
-training images and records to a file of its own; the test images are used once.
+What is recorded is not run again, and a run that was stopped (Ctrl-C, SIGTERM) or killed goes on
+from its last checkpoint, so the benchmark can be stopped and continued at any time. Choices are
+made with --validation, which holds out training images and records to a file of its own; the test
+images are used once.
 """
 
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -86,7 +88,7 @@ def main() -> None:
     try:
         diverged = run_all(cases, places)
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command begins with the run under way") from None
+        raise SystemExit("stopped; the same command goes on with the run under way") from None
     if diverged:
         raise SystemExit("not finite: " + ", ".join(label(case) for case in diverged))
 
@@ -195,9 +197,11 @@ def run_all(cases: Sequence[Case], places: Places) -> list[Case]:
 
 
 def run_case(case: Case, places: Places) -> Record:
-    """Trains once, and says what came out."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    output = places.runs / f"{case.protocol.name}-{case.name}-{case.normalize}-{case.seed}-{stamp}"
+    """Trains once, or goes on with what was begun, and says what came out."""
+    about = json.dumps(case.settings(), sort_keys=True, default=str)
+    digest = hashlib.sha256(about.encode()).hexdigest()[:8]
+    name = f"{case.protocol.name}-{case.name}-{case.normalize}-{case.seed}-{digest}"
+    output = places.runs / name
     begun = time.monotonic()
     result = ntkcl.train(
         **case.keywords()
@@ -205,6 +209,7 @@ def run_case(case: Case, places: Places) -> Record:
             "dataset": str(places.data),
             "weights": places.weights,
             "output": output,
+            "resume": True,
             "device": places.device,
             "threads": places.threads,
             "loader_threads": places.threads,
@@ -212,10 +217,12 @@ def run_case(case: Case, places: Places) -> Record:
         }
     )
     environment = json.loads((output / "environment.json").read_text())
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    output.rename(output.with_name(f"{name}-{stamp}"))  # done: another time it is run anew
     return {
         **describe(case, places),
         **outcome(result),
-        "wall_seconds": round(time.monotonic() - begun, 2),
+        "wall_seconds": round(max(time.monotonic() - begun, result.seconds), 2),
         "versions": {key: environment[key] for key in RECORDED_VERSIONS},
         "hashes": {key: environment[key] for key in RECORDED_HASHES},
         "torch_threads": places.threads,
