@@ -515,6 +515,29 @@ def test_arrays_must_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     resume(run)
 
 
+def replace_tensor(run: Path, name: str, change_tensor: Any) -> None:
+    """In the last checkpoint, under checksums that fit."""
+    path = latest(run, "safetensors")
+    tensors = load_file(path)
+    content = safetensors_bytes(tensors | {name: change_tensor(tensors[name])}, {})
+    path.write_bytes(content)
+    path = path.with_suffix(".json")
+    manifest = checkpoints._Manifest.model_validate(json.loads(path.read_text()))
+    sealed = manifest.model_copy(update={"tensors_sha256": hashlib.sha256(content).hexdigest()})
+    path.write_bytes(sealed.sealed())
+
+
+@pytest.mark.parametrize("count", [2**62, -1, 0])
+def test_counts_that_do_not_fit_are_refused(tmp_path: Path, count: int) -> None:
+    # Protects: sums of counts from a file, which could wrap.
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(run, **KEYS, method="lorac-ipc", callbacks=[lambda event: event.get("task") == 1])
+    replace_tensor(run, "method.inference.clusters", lambda t: t.fill_(count))
+    with pytest.raises(ValueError, match=r"\[state\] the tensors inference\.\* do not fit"):
+        resume(run)
+
+
 @pytest.mark.parametrize(
     ("name", "change_tensor"),
     [
@@ -529,13 +552,6 @@ def test_tensors_that_do_not_fit_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change_tensor: Any
 ) -> None:
     run = stopped(tmp_path / "run", monkeypatch, ntk_cl={"mode": "both"})
-    path = latest(run, "safetensors")
-    tensors = load_file(path)
-    content = safetensors_bytes(tensors | {name: change_tensor(tensors[name])}, {})
-    path.write_bytes(content)
-    json_path = path.with_suffix(".json")
-    manifest = checkpoints._Manifest.model_validate(json.loads(json_path.read_text()))
-    sealed = manifest.model_copy(update={"tensors_sha256": hashlib.sha256(content).hexdigest()})
-    json_path.write_bytes(sealed.sealed())
+    replace_tensor(run, name, change_tensor)
     with pytest.raises(ValueError, match=rf"\[state\] (method\.)?{name.partition('.')[2]}"):
         resume(run)

@@ -106,13 +106,26 @@ void ClusterGaussians::visit_state(const std::string& prefix, const at::TensorOp
   at::Tensor factors = factors_of.empty() ? at::zeros({0, 0}, options) : at::cat(factors_of);
   at::Tensor factor_rows = at::tensor(rows, at::kLong);
   at::Tensor clusters = at::tensor(clusters_of, at::kLong);
-  visitor(prefix + "means", means);
-  visitor(prefix + "factors", factors);
-  visitor(prefix + "factor_rows", factor_rows);
-  visitor(prefix + "clusters", clusters);
-  NTKCL_CHECK(factor_rows.dim() == 1 && clusters.dim() == 1 &&
-                  factor_rows.ge(0).all().item<bool>() && clusters.ge(1).all().item<bool>() &&
-                  means.dim() == 2 && factors.dim() == 2 && means.size(1) == factors.size(1) &&
+  bool changed = false;
+  const auto visit = [&](const char* name, at::Tensor& tensor) {
+    const auto* before = tensor.unsafeGetTensorImpl();
+    const auto version = tensor._version();
+    visitor(prefix + name, tensor);
+    changed = changed || tensor.unsafeGetTensorImpl() != before || tensor._version() != version;
+  };
+  visit("means", means);
+  visit("factors", factors);
+  visit("factor_rows", factor_rows);
+  visit("clusters", clusters);
+  if (!changed) {
+    return;
+  }
+  // Counts within bounds first: sums of hostile ones could wrap.
+  const auto counts = [](const at::Tensor& t, int64_t low, int64_t high) {
+    return t.dim() == 1 && t.ge(low).logical_and(t.le(high)).all().item<bool>();
+  };
+  NTKCL_CHECK(means.dim() == 2 && factors.dim() == 2 && means.size(1) == factors.size(1) &&
+                  counts(factor_rows, 0, factors.size(0)) && counts(clusters, 1, means.size(0)) &&
                   means.size(0) == factor_rows.size(0) &&
                   clusters.sum().item<int64_t>() == factor_rows.size(0) &&
                   factor_rows.sum().item<int64_t>() == factors.size(0),
