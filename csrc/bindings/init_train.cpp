@@ -239,6 +239,9 @@ void init_train(py::module_& m) {
                                                                    : std::nullopt);
           },
           py::arg("images"), "Scores (n, classes) and, of some methods, tasks inferred (n).")
+      .def("scores_of", &train::Predictor::scores_of, py::arg("images"),
+           py::call_guard<py::gil_scoped_release>(),
+           "Scores (B, classes) of transformed uint8 images (B, 3, S, S).")
       .def("features", &train::Predictor::features, py::arg("images"),
            py::call_guard<py::gil_scoped_release>(), "(n, D), by the last task's weights.");
   py::class_<train::Trainer>(m, "Trainer", "The task loop of one run.")

@@ -547,6 +547,10 @@ class Predictor:
         """
         Scores (n, classes) and, of some methods, tasks inferred (n).
         """
+    def scores_of(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Scores (B, classes) of transformed uint8 images (B, 3, S, S).
+        """
 
 class Trainer:
     """

@@ -7,6 +7,7 @@ A folder holds a model if these files are in it; a finished run's does.
     state.safetensors     what the method has learned
     backbone.safetensors  the frozen backbone, in an exported folder; elsewhere it is found as the
                           configuration says, and told by its hash
+    program.pt2           on demand: the predictor as a program of torch.export
 """
 
 from __future__ import annotations
@@ -66,6 +67,17 @@ class ModelFile(pydantic.BaseModel):
 
     def content(self) -> bytes:
         return (self.model_dump_json(indent=2) + "\n").encode()
+
+
+class _Scores(torch.nn.Module):
+    """What torch.export records."""
+
+    def __init__(self, predictor: _C.Predictor, classes: int) -> None:
+        super().__init__()
+        self._predictor, self._classes = predictor, classes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self._predictor.scores_of(images)[:, : self._classes]
 
 
 class Model:
@@ -206,13 +218,45 @@ class Model:
         self._save(folder, with_backbone=False)
         return Evaluation.of(raw["evaluations"][-1]) if tested else None
 
-    def export(self, folder: str | os.PathLike[str]) -> Path:
+    def export(self, folder: str | os.PathLike[str], *, program_batch: int | None = None) -> Path:
         """Writes the model with its backbone: one folder that `load` reads anywhere.
 
+        Args:
+          folder: a new one.
+          program_batch: also write `program.pt2` for batches of so many images, see `as_program`.
+
         Raises:
-          ValueError: there is something already.
+          ValueError: there is something already; a method that cannot be a program.
         """
-        return self._save(Path(folder).expanduser(), with_backbone=True)
+        return self._save(Path(folder).expanduser(), with_backbone=True, program=program_batch)
+
+    def as_program(self, batch: int = 1) -> torch.export.ExportedProgram:
+        """The model as a program of torch.export: uint8 images (batch, 3, S, S), transformed as
+        for a test, to scores (batch, classes), on the CPU; with bfloat16 products, in float32.
+
+        It runs where ntkcl's operators are: after `import ntkcl`, or
+        `torch.ops.load_library(<libntkcl.so>)` without Python's part.
+
+        Raises:
+          ValueError: the method looks at its features to decide what to compute, as LoRAC-IPC does
+            when it infers tasks.
+        """
+        if batch < 1:
+            raise ValueError(f"[as_program] 'batch': expected at least 1, got {batch}")
+        precision = "float64" if self.config.precision == "float64" else "float32"
+        keys = {"device": "cpu", "precision": precision, "cpu_matmul": "default"}
+        predictor = self._make_predictor(keys)
+        size = self.config.image_size
+        example = torch.zeros((batch, 3, size, size), dtype=torch.uint8)
+        module = _Scores(predictor, len(self.classes))
+        try:
+            with torch.no_grad():
+                return torch.export.export(module, (example,), strict=False)
+        except Exception as error:
+            raise ValueError(
+                f"[as_program] '{self.config.method}' cannot be a program of torch.export: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
 
     def __repr__(self) -> str:
         return (
@@ -228,11 +272,11 @@ class Model:
         heads = backbone_info(self.config.backbone).heads
         return _C.VisionTransformer(self._weights.tensors, heads, self.config.image_size)
 
-    def _make_predictor(self) -> _C.Predictor:
+    def _make_predictor(self, keys: Mapping[str, Any] | None = None) -> _C.Predictor:
         return _C.Predictor(
             core_method(self.config.method),
             self.config.method_options(),
-            self.config.train_options(),
+            self.config.train_options() | dict(keys or {}),
             self._transformer(),
             len(self.task_sizes),
             self.config.transform_options(),
@@ -245,7 +289,7 @@ class Model:
         base = self._folder.parent if self._folder.name.startswith("task-") else self._folder
         return base / f"task-{task}"
 
-    def _save(self, folder: Path, with_backbone: bool) -> Path:
+    def _save(self, folder: Path, with_backbone: bool, program: int | None = None) -> Path:
         """Whole or not at all: into a folder beside it, which then gets the name."""
         _check_absent(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -257,6 +301,8 @@ class Model:
             write_atomically(work / "config.toml", to_toml(config).encode())
             if with_backbone:
                 shutil.copyfile(self._weights.path, work / "backbone.safetensors")
+            if program is not None:
+                torch.export.save(self.as_program(program), work / "program.pt2")
             work.chmod(0o755)
             work.rename(folder)
         finally:

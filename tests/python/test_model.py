@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -90,6 +91,37 @@ def test_an_exported_model_needs_nothing_else(
     names = {path.name for path in (tmp_path / "elsewhere").iterdir()}
     assert names == {"model.json", "config.toml", "state.safetensors", "backbone.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == {"elsewhere"}
+
+
+@pytest.mark.parametrize("method", ["ntk-cl", "raa", "simple-cil"])
+def test_a_program_scores_as_the_model_does(
+    tmp_path: Path, runs: dict[str, Path], method: str
+) -> None:
+    model = ntkcl.load(runs[method])
+    model.export(tmp_path / "given", program_batch=4)
+    pixels = pixels_of_test()
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # 32 pixels: as they are
+    code = (
+        "import sys, torch, ntkcl\n"
+        "program = torch.export.load(sys.argv[1]).module()\n"
+        "images = torch.load(sys.argv[2], weights_only=True)\n"
+        "torch.save(torch.cat([program(part) for part in images.split(4)]), sys.argv[3])\n"
+    )
+    torch.save(images, tmp_path / "images.pt")
+    words = [tmp_path / "given" / "program.pt2", tmp_path / "images.pt", tmp_path / "scores.pt"]
+    subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True)
+    scores = torch.load(tmp_path / "scores.pt", weights_only=True).numpy()
+    np.testing.assert_allclose(scores, model.predict(pixels).scores, rtol=1e-4, atol=1e-5)
+    assert ntkcl.load(tmp_path / "given").predict(pixels).labels == recorded(runs[method])[0]
+
+
+def test_a_method_that_decides_by_features_is_no_program(
+    tmp_path: Path, runs: dict[str, Path]
+) -> None:
+    model = ntkcl.load(runs["lorac-ipc"])
+    with pytest.raises(ValueError, match=r"\[as_program\] 'lorac-ipc' cannot be a program"):
+        model.export(tmp_path / "given", program_batch=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- images --------------------------------------------------------------------------------------

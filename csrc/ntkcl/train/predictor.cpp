@@ -35,6 +35,11 @@ methods::Scores Predictor::scores(std::shared_ptr<const data::ImageStore> images
   return {at::cat(classes), tasks.empty() ? at::Tensor() : at::cat(tasks)};
 }
 
+at::Tensor Predictor::scores_of(const at::Tensor& images) const {
+  const at::NoGradGuard no_grad;
+  return method_->scores(normalization_(images)).classes;
+}
+
 at::Tensor Predictor::features(std::shared_ptr<const data::ImageStore> images) const {
   std::vector<at::Tensor> rows;
   for_each_batch(std::move(images), [&](const at::Tensor& batch) {

@@ -28,6 +28,9 @@ class Predictor {
   // Of all images of the store, in order, on the CPU: (n, classes seen; of some methods all
   // classes), and the tasks inferred. A corrupt image ends it with CorruptImage.
   methods::Scores scores(std::shared_ptr<const data::ImageStore> images) const;
+  // Of uint8 images (B, 3, S, S) that are already transformed, on the backbone's device; in plain
+  // operators one after the other, which torch.export can record.
+  at::Tensor scores_of(const at::Tensor& images) const;
   // (n, D), what the classes are told apart by.
   at::Tensor features(std::shared_ptr<const data::ImageStore> images) const;
 
