@@ -238,8 +238,7 @@ class Model:
         `torch.ops.load_library(<libntkcl.so>)` without Python's part.
 
         Raises:
-          ValueError: the method looks at its features to decide what to compute, as LoRAC-IPC does
-            when it infers tasks.
+          ValueError: the method looks at its tensors to decide what to compute, as LoRAC-IPC does.
         """
         if batch < 1:
             raise ValueError(f"[as_program] 'batch': expected at least 1, got {batch}")
