@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ntkcl.config import resolve
+from ntkcl.config import PLACE_KEYS, resolve
 
 Record = dict[str, Any]
 
@@ -226,20 +226,7 @@ RUNS: Mapping[str, Run] = {
 }
 
 # Keys of places and of speed.
-_NOT_COMPUTED = {
-    "output",
-    "progress",
-    "data_root",
-    "device",
-    "threads",
-    "loader_threads",
-    "prefetch",
-    "resume",
-    "tensorboard",
-    "seeds",
-    "checkpoint_minutes",
-    "checkpoint_steps",
-}
+_NOT_COMPUTED = PLACE_KEYS | {"device", "threads", "seeds"}
 
 
 @dataclass(frozen=True)

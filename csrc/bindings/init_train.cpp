@@ -134,7 +134,7 @@ train::Checkpoint checkpoint_of(const py::dict& dict) {
       if (py::isinstance<py::bool_>(progress[key]) && !std::is_same_v<Value, bool>) {
         throw py::cast_error("a truth value");
       }
-      value = progress[key].cast<std::decay_t<decltype(value)>>();
+      value = progress[key].cast<Value>();
     } catch (const py::cast_error&) {
       NTKCL_FAIL(ValueError, "resume", "'", key, "': expected another kind of value, got ",
                  py::repr(progress[key]).cast<std::string>());

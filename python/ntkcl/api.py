@@ -243,11 +243,6 @@ def _check_environment(config: Config, now: Mapping[str, Any], begun: Mapping[st
 
 
 def _prepare(config: Config, arrays: Mapping[str, Any] | None) -> tuple[_C.Trainer, dict[str, Any]]:
-    if config.dataset == ARRAYS and arrays is None:
-        raise ValueError(
-            '[config] \'dataset\': expected the arrays {"train": (images, labels), "test": ...}, '
-            "as a file does not hold them, got 'arrays'"
-        )
     if config.tensorboard:
         summary_writer()  # refuses before there is a folder
     dataset = load_dataset(

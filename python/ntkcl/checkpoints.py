@@ -19,11 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import safetensors.torch
 import torch
 
 from ntkcl import _C
-from ntkcl.files import remove_temporaries, safetensors_bytes, sync_folder, write_atomically
+from ntkcl.files import (
+    read_tensors,
+    remove_temporaries,
+    safetensors_bytes,
+    sync_folder,
+    write_atomically,
+)
 
 logger = logging.getLogger("ntkcl")
 
@@ -145,12 +150,11 @@ class Checkpoints:
         path, tensors = (self._path(number, kind) for kind in ("json", "safetensors"))
         manifest = self._read_manifest(path)
         try:
-            content = tensors.read_bytes()
-            if hashlib.sha256(content).hexdigest() != manifest.tensors_sha256:
-                raise _DamagedError(f"'{tensors}' is damaged: its checksum does not fit")
-            loaded = safetensors.torch.load(content)
-        except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
+            loaded = read_tensors(tensors, manifest.tensors_sha256)
+        except OSError as error:
             raise _DamagedError(f"'{tensors}' is damaged: {error}") from None
+        except ValueError as damage:
+            raise _DamagedError(str(damage)) from None
         return Checkpoint(path, manifest.progress, loaded, manifest.log_bytes)
 
     def _read_manifest(self, path: Path) -> _Manifest:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ntkcl import _C
-from ntkcl.config import Config, cautions
+from ntkcl.config import PLACE_KEYS, Config, cautions
 from ntkcl.result import Result, load_result
 from ntkcl.runfolder import RunFolder
 
@@ -34,9 +34,9 @@ _WORDS = 60  # characters of a value that are shown
 
 _LATE = ("stored_parameters", "peak_memory")  # metrics that older runs lack
 # Places and speed, and what the protocol has by its hash.
-_NO_SETTING = {"output", "progress", "resume", "data_root", "loader_threads", "prefetch"}
-_NO_SETTING |= {"checkpoint_minutes", "checkpoint_steps", "threads", "device"}
-_NO_SETTING |= {"seed", "class_order_seed", "preset", "dataset", "weights"}
+_NO_SETTING = PLACE_KEYS | {
+    *("threads", "device", "seed", "class_order_seed", "preset", "dataset", "weights"),
+}
 _OF_PROTOCOL = [
     *("initial_classes", "increment", "train_per_class", "test_per_class", "validation_fraction"),
     *("backbone", "image_size", "transform", "normalize"),

@@ -32,6 +32,13 @@ from ntkcl.methods import registered
 from ntkcl.names import did_you_mean
 
 ARRAYS = "arrays"  # the value of `dataset` that stands for arrays in memory
+# Keys of places, of what is shown and of the loader's speed: a result depends on none of them.
+PLACE_KEYS = frozenset(
+    {
+        *("output", "resume", "progress", "tensorboard", "data_root"),
+        *("loader_threads", "prefetch", "checkpoint_minutes", "checkpoint_steps"),
+    }
+)
 _VARIANT_NORMALIZE = {"release": "none", "corrected": "weights"}
 
 

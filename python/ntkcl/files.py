@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -37,6 +39,17 @@ def remove_temporaries(folder: Path) -> None:
     """Removes what `write_atomically` was killed over."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file of this checksum; ValueError for any other content."""
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"'{path}' is damaged: its checksum does not fit")
+    try:
+        return safetensors.torch.load(content)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from None
 
 
 def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pydantic
-import safetensors
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
@@ -33,7 +31,7 @@ from ntkcl.backbones import Weights, backbone_info, load_backbone
 from ntkcl.config import Config, options, resolve, to_toml
 from ntkcl.datasets import load_dataset
 from ntkcl.datasets.loose_images import Images, image_stores, one_store
-from ntkcl.files import safetensors_bytes, write_atomically
+from ntkcl.files import read_tensors, safetensors_bytes, write_atomically
 from ntkcl.methods import core_method
 from ntkcl.progress import make_progress
 from ntkcl.result import Evaluation
@@ -393,13 +391,10 @@ def _read_about(path: Path) -> ModelFile:
 def _read_state(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"[load] '{path}' is missing")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"[load] '{path}' is damaged: its checksum does not fit")
     try:
-        return safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"[load] '{path}' is damaged: {error}") from None
+        return read_tensors(path, sha256)
+    except ValueError as damage:
+        raise ValueError(f"[load] {damage}") from None
 
 
 def _check_absent(folder: Path) -> None:

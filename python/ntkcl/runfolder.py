@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, Self
 import torch
 
 from ntkcl.checkpoints import Checkpoints
-from ntkcl.config import Config, resolve, to_toml
+from ntkcl.config import PLACE_KEYS, Config, resolve, to_toml
 from ntkcl.files import remove_temporaries, safetensors_bytes, sync_folder, write_atomically
 from ntkcl.model import write_model
 from ntkcl.result import Result
@@ -41,11 +41,8 @@ logger = logging.getLogger("ntkcl")
 SEEDS_FILE = "seeds.toml"  # of a folder of runs that differ in their seed, see seeds.py
 _OF_A_RUN = ("config.toml", "events.jsonl", "result.json", SEEDS_FILE)
 
-# Places and speed; that the images and weights are the same is seen by their hashes.
-_MAY_CHANGE = {
-    *("output", "resume", "progress", "tensorboard", "data_root", "dataset", "weights", "seeds"),
-    *("loader_threads", "prefetch", "checkpoint_minutes", "checkpoint_steps"),
-}
+# That the images and weights are the same is seen by their hashes.
+_MAY_CHANGE = PLACE_KEYS | {"dataset", "weights", "seeds"}
 
 
 class RunFolder:

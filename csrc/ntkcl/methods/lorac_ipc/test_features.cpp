@@ -102,7 +102,9 @@ void TestFeatures::set(const at::Tensor& numbers, const at::Tensor& features) {
 
 at::Tensor TestFeatures::rows(const at::Tensor& numbers) const {
   const int64_t* begin = numbers.const_data_ptr<int64_t>();
-  return places_of({begin, begin + numbers.size(0)});
+  const at::Tensor places = places_of({begin, begin + numbers.size(0)});
+  NTKCL_ASSERT(places.size(0) == numbers.size(0));  // all are known
+  return places;
 }
 
 at::Tensor TestFeatures::places_of(const std::vector<int64_t>& numbers) const {
