@@ -31,7 +31,6 @@ py::list option_infos(const std::vector<OptionInfo>& infos);
 OptionMap option_map(const py::dict& values, const std::string& where);
 py::dict option_dict(const OptionMap& values);
 
-methods::VisitFn visit_of(methods::Method& method);
 // A method whose hooks are those of a Python object; ValueError/TypeError for one that does not
 // fit.
 std::unique_ptr<methods::Method> make_python_method(py::object object,

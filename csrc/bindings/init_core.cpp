@@ -23,6 +23,8 @@ void translate(std::exception_ptr pointer) {
     py::set_error(PyExc_OSError, e.what());
   } catch (const NumericalError& e) {
     py::set_error(PyExc_FloatingPointError, e.what());
+  } catch (const RankError& e) {
+    py::set_error(PyExc_ConnectionError, e.what());
   } catch (const Interrupted& e) {
     py::set_error(PyExc_KeyboardInterrupt, e.what());
   }

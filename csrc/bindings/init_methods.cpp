@@ -143,8 +143,7 @@ class MethodSession : private methods::TaskServices {
     if (!optimizer_) {
       return {};
     }
-    return methods::copy_state(
-        [&](const methods::StateVisitor& visitor) { optimizer_->visit_state(visitor); });
+    return methods::copy_state(methods::visit_of(*optimizer_));
   }
 
  private:
@@ -156,8 +155,9 @@ class MethodSession : private methods::TaskServices {
                           const methods::BatchFn& fn) override {
     const at::Tensor places = random_->permutation(order, images_.labels.size(0));
     const at::Tensor here = places.to(images_.labels.device());
-    fn({images_.images.index_select(0, here), images_.labels.index_select(0, here), places});
+    fn({images_.images.index_select(0, here), images_.labels.index_select(0, here), places, {}});
   }
+  void average_gradients(const std::vector<at::Tensor>&) override {}  // of one rank
   void evaluate(const std::string&) override {}
   void progress(const std::string&, int64_t, int64_t) override {}
 
@@ -199,10 +199,6 @@ std::unique_ptr<methods::RandomSource> recorded_random(uint64_t seed, py::functi
   return std::make_unique<RecordedRandom>(seed, std::move(fn));
 }
 
-methods::VisitFn visit_of(methods::Method& method) {
-  return [&method](const methods::StateVisitor& visitor) { method.visit_state(visitor); };
-}
-
 void init_methods(py::module_& m) {
   m.def("list_in_use", &methods::ntk_cl::list_in_use, py::arg("frozen_lists"), py::arg("task"),
         py::arg("tasks"));
@@ -222,12 +218,14 @@ void init_methods(py::module_& m) {
       .def("features", &MethodSession::features, py::arg("images"),
            py::call_guard<py::gil_scoped_release>())
       .def("scores", &MethodSession::scores, py::arg("images"))
-      .def("state", [](MethodSession& s) { return methods::copy_state(visit_of(s.method())); })
+      .def("state",
+           [](MethodSession& s) { return methods::copy_state(methods::visit_of(s.method())); })
       .def("optimizer_state", &MethodSession::optimizer_state)
       .def(
           "load_state",
           [](MethodSession& s, const methods::State& state) {
-            methods::load_state(visit_of(s.method()), state, {.whole = false, .same_types = false});
+            methods::load_state(methods::visit_of(s.method()), state,
+                                {.whole = false, .same_types = false});
           },
           py::arg("state"));
 }

@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "ntkcl/core/error.h"
+#include "ntkcl/train/compute_setup.h"
 #include "ntkcl/train/predictor.h"
 #include "ntkcl/train/trainer.h"
 
@@ -56,12 +57,7 @@ py::dict result_dict(const train::RunResult& result, train::Trainer& trainer) {
     of_images["confidences"] = e.confidences();
     predictions.append(of_images);
   }
-  std::vector<int64_t> sizes;
-  const std::vector<int64_t>& first = result.evaluations.back().first_class();
-  for (size_t t = 0; t + 1 < first.size(); ++t) {
-    sizes.push_back(first[t + 1] - first[t]);
-  }
-  dict["task_sizes"] = sizes;
+  dict["task_sizes"] = result.task_sizes;
   dict["evaluations"] = evaluations;
   dict["predictions"] = predictions;
   dict["seconds"] = result.seconds;
@@ -73,7 +69,7 @@ py::dict result_dict(const train::RunResult& result, train::Trainer& trainer) {
   dict["trainable_parameters"] = result.trainable_parameters;
   dict["stored_parameters"] = result.stored_parameters;
   dict["skipped_images"] = result.skipped_images;
-  dict["state"] = methods::copy_state(visit_of(trainer.method()));
+  dict["state"] = methods::copy_state(methods::visit_of(trainer.method()));
   return dict;
 }
 
@@ -93,7 +89,7 @@ std::unique_ptr<train::Trainer> make_trainer(
     const py::object& method, const py::dict& method_options, const py::dict& train_options,
     const nn::VisionTransformer& backbone, const py::dict& dataset, const py::dict& transform,
     const py::dict& loader, const std::vector<double>& mean, const std::vector<double>& std,
-    const std::optional<py::function>& draws) {
+    const std::optional<py::function>& draws, const std::optional<std::string>& group) {
   train::TrainOptions options;
   apply(option_map(train_options, "train"), options, "train");
   train::RunData data;
@@ -111,7 +107,10 @@ std::unique_ptr<train::Trainer> make_trainer(
   auto random = draws ? recorded_random(static_cast<uint64_t>(options.seed), *draws) : nullptr;
   const methods::MakeMethod make = maker_of(method, method_options);
   const py::gil_scoped_release release;
-  return std::make_unique<train::Trainer>(make, options, backbone, data, std::move(random));
+  auto ranks =
+      group ? dist::process_group(*group, train::resolve_device(options.device)) : dist::single();
+  return std::make_unique<train::Trainer>(make, options, backbone, data, std::move(random),
+                                          std::move(ranks));
 }
 
 // {"progress": {key: value}, "tensors": {name: tensor}}.
@@ -247,18 +246,21 @@ void init_train(py::module_& m) {
   py::class_<train::Trainer>(m, "Trainer", "The task loop of one run.")
       .def(py::init(&make_trainer), py::arg("method"), py::arg("method_options"),
            py::arg("train_options"), py::arg("backbone"), py::arg("dataset"), py::arg("transform"),
-           py::arg("loader"), py::arg("mean"), py::arg("std"), py::arg("draws") = py::none())
+           py::arg("loader"), py::arg("mean"), py::arg("std"), py::arg("draws") = py::none(),
+           py::arg("group") = py::none(),
+           "`group`: name of a torch.distributed process group whose ranks train together.")
       .def("begin_after", &train::Trainer::begin_after, py::arg("tasks"), py::arg("learned"),
            "Begins after tasks that were learned elsewhere.")
       .def("run", &run, py::arg("on_event") = py::none(), py::arg("should_stop") = py::none(),
            py::arg("on_checkpoint") = py::none(), py::arg("checkpoint") = py::none())
       .def(
-          "state", [](train::Trainer& t) { return methods::copy_state(visit_of(t.method())); },
+          "state",
+          [](train::Trainer& t) { return methods::copy_state(methods::visit_of(t.method())); },
           "Every tensor of the method by name, as copies.")
       .def(
           "load_state",
           [](train::Trainer& t, const methods::State& state, bool partial) {
-            methods::load_state(visit_of(t.method()), state,
+            methods::load_state(methods::visit_of(t.method()), state,
                                 {.whole = !partial, .same_types = false});
           },
           py::arg("state"), py::arg("partial") = false,

@@ -135,9 +135,9 @@ std::vector<optim::ParameterGroup> PythonMethod::trained(const methods::TaskInfo
 }
 
 methods::Losses PythonMethod::gradients(const methods::Batch& batch, const methods::StepInfo&,
-                                        methods::TaskServices&) {
+                                        methods::TaskServices& services) {
   const at::AutoGradMode record(true);  // also where the caller switched gradients off
-  const at::Tensor rows = features(batch.images);
+  const at::Tensor rows = batch.whole(features(batch.images));
   at::Tensor loss;
   {
     const py::gil_scoped_acquire gil;
@@ -148,6 +148,7 @@ methods::Losses PythonMethod::gradients(const methods::Batch& batch, const metho
   NTKCL_CHECK(loss.requires_grad(), kWhere,
               "'loss': expected a number that depends on what is trained, got a constant");
   loss.reshape({}).backward();
+  services.average_gradients({});
   return {{"total", loss.detach().reshape({})}};
 }
 
@@ -167,7 +168,7 @@ void PythonMethod::run_stage(const std::string& stage, methods::TaskServices& se
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> rows, labels;
   services.for_each_image(stage, [&](const methods::Batch& batch) {
-    rows.push_back(features(batch.images));
+    rows.push_back(batch.whole(features(batch.images)));
     labels.push_back(batch.labels);
   });
   const at::Tensor all = methods::gathered(rows, services.task());

@@ -2,10 +2,11 @@
 #   Torch::torch    libtorch of that wheel, with its headers; without its CUDA part
 #   Torch::cuda     the CUDA part, where the wheel has one
 #   Torch::python   libtorch_python, for extension modules
-# Sets TORCH_VERSION, TORCH_DIR, TORCH_CUDA_VERSION (empty for a CPU-only torch) and TORCH_RPATH,
+# Sets TORCH_VERSION, TORCH_DIR, TORCH_CUDA_VERSION (empty for a CPU-only torch),
+# TORCH_HAS_DISTRIBUTED (1 where torch.distributed is there) and TORCH_RPATH,
 # the folders of the wheel's libraries relative to site-packages: its CUDA runtime comes from there.
 
-set(_query "import torch, os; print(torch.__version__); print(os.path.dirname(torch.__file__)); print(torch.version.cuda or ''); print(int(torch._C._GLIBCXX_USE_CXX11_ABI)); print('end')")
+set(_query "import torch, os; print(torch.__version__); print(os.path.dirname(torch.__file__)); print(torch.version.cuda or ''); print(int(torch._C._GLIBCXX_USE_CXX11_ABI)); print(int(torch.distributed.is_available())); print('end')")
 # The second try, -E, reaches the target environment from pip's isolated build.
 foreach(_flag "" "-E")
   execute_process(
@@ -22,6 +23,7 @@ if(_rc EQUAL 0)
   list(GET _lines 1 TORCH_DIR)
   list(GET _lines 2 TORCH_CUDA_VERSION)
   list(GET _lines 3 _abi)
+  list(GET _lines 4 TORCH_HAS_DISTRIBUTED)
 endif()
 
 include(FindPackageHandleStandardArgs)
@@ -45,7 +47,9 @@ if(TorchPython_FOUND AND NOT TARGET Torch::torch)
   target_include_directories(Torch::torch SYSTEM INTERFACE
     "${TORCH_DIR}/include" "${TORCH_DIR}/include/torch/csrc/api/include")
   target_compile_definitions(Torch::torch INTERFACE
-    _GLIBCXX_USE_CXX11_ABI=${_abi} USE_C10D USE_DISTRIBUTED)
+    _GLIBCXX_USE_CXX11_ABI=${_abi}
+    $<$<BOOL:${TORCH_HAS_DISTRIBUTED}>:USE_C10D>
+    $<$<BOOL:${TORCH_HAS_DISTRIBUTED}>:USE_DISTRIBUTED>)
 
   # at::parallel_for is a template: without OpenMP here it runs in one thread. The runtime is the
   # wheel's own where it has one, so that there is only one.

@@ -568,7 +568,11 @@ class Trainer:
         mean: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
         std: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
         draws: collections.abc.Callable | None = None,
-    ) -> None: ...
+        group: str | None = None,
+    ) -> None:
+        """
+        `group`: name of a torch.distributed process group whose ranks train together.
+        """
     def begin_after(
         self,
         tasks: typing.SupportsInt | typing.SupportsIndex,

@@ -10,8 +10,10 @@ import resource
 import signal
 import subprocess
 import threading
+import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self, overload
@@ -23,10 +25,11 @@ from ntkcl import _C, seeds
 from ntkcl import config as _config
 from ntkcl.backbones import Weights, backbone_info, load_backbone
 from ntkcl.checkpoints import Checkpoint
-from ntkcl.config import ARRAYS, Config, cautions, resolve
+from ntkcl.config import ARRAYS, Config, cautions, resolve, to_toml
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
 from ntkcl.methods import Method, core_method, register_object, registered
 from ntkcl.progress import make_progress
+from ntkcl.ranks import Order, Ranks, join
 from ntkcl.result import Result, Results, load_result, result_of
 from ntkcl.runfolder import SEEDS_FILE, RunFolder, check_same
 from ntkcl.tensorboard import TensorBoardLog, summary_writer
@@ -34,6 +37,8 @@ from ntkcl.tensorboard import TensorBoardLog, summary_writer
 logger = logging.getLogger("ntkcl")
 
 Callback = Callable[[dict[str, Any]], object]
+# What of the environment must be the same for a run that goes on, and on every rank.
+_MUST_MATCH = {"weights_sha256": "weights", "dataset_manifest": "images"}
 
 
 @overload
@@ -100,9 +105,13 @@ def run(
         warnings.warn(f"[config] {caution}", stacklevel=3)
     if config.resume and config.output is None:
         raise ValueError("[config] 'resume': expected an 'output' to go on with, got none")
-    if config.seeds is not None:
-        return seeds.run_seeds(config, lambda one: _run_one(one, arrays, callbacks))
-    return _run_one(config, arrays, callbacks)
+
+    def all_seeds(call: _Call) -> Result | Results:
+        if config.seeds is not None:
+            return seeds.run_seeds(config, lambda one: _run_one(one, call))
+        return _run_one(config, call)
+
+    return _together(config, arrays, callbacks, all_seeds)
 
 
 def resume(
@@ -150,8 +159,14 @@ def resume(
     given = {key: value for key, value in moved.items() if value is not None}
     if several:
         config = resolve(given | {"resume": True}, path / SEEDS_FILE)
-        return seeds.run_seeds(config, lambda one: _run_one(one, arrays, callbacks))
-    return _go_on(resolve(given, path / "config.toml"), arrays, callbacks)
+        return _together(
+            config,
+            arrays,
+            callbacks,
+            lambda call: seeds.run_seeds(config, lambda one: _run_one(one, call)),
+        )
+    config = resolve(given, path / "config.toml")
+    return _together(config, arrays, callbacks, lambda call: _go_on(config, call))
 
 
 def list_methods() -> list[str]:
@@ -180,28 +195,78 @@ def info() -> dict[str, str]:
     }
 
 
-def _run_one(
-    config: Config, arrays: Mapping[str, Any] | None, callbacks: Sequence[Callback]
-) -> Result:
+@dataclass(frozen=True)
+class _Call:
+    """What a run needs beside its configuration."""
+
+    arrays: Mapping[str, Any] | None
+    callbacks: Sequence[Callback]
+    ranks: Ranks
+
+
+def _together(
+    config: Config,
+    arrays: Mapping[str, Any] | None,
+    callbacks: Sequence[Callback],
+    lead: Callable[[_Call], Result | Results],
+) -> Result | Results:
+    """What rank 0 makes, on every rank."""
+    ranks = join(config.device)
+    call = _Call(arrays, callbacks, ranks)
+    if not ranks.leads:
+        return _result_told(ranks.follow(lambda order: _train_along(order, call)))
+    with ranks.leading():
+        made = lead(call)
+    results = made if isinstance(made, Results) else [made]
+    ranks.dismiss(
+        {
+            "folder": str(made.output) if isinstance(made, Results) else None,
+            "runs": [[r.to_dict(), str(r.output), to_toml(r.config)] for r in results],
+        }
+    )
+    return made
+
+
+def _result_told(outcome: Mapping[str, Any]) -> Result | Results:
+    results = [
+        result_of(numbers, Path(output), resolve(tomllib.loads(config)))
+        for numbers, output, config in outcome["runs"]
+    ]
+    folder = outcome["folder"]
+    return results[0] if folder is None else Results(tuple(results), Path(folder))
+
+
+def _train_along(order: Order, call: _Call) -> None:
+    """Trains with rank 0 what that has begun."""
+    trainer, environment = _prepare(order.config, call)
+    for key, what in _MUST_MATCH.items():
+        if environment[key] != order.must_match[key]:
+            raise ValueError(
+                f"[ranks] rank {call.ranks.rank}: expected the {what} of rank 0 ({key} "
+                f"{order.must_match[key]}), got others ({environment[key]})"
+            )
+    with _StopSignal() as stop:
+        trainer.run(None, stop, None, order.checkpoint)
+
+
+def _run_one(config: Config, call: _Call) -> Result:
     """One run; with `config.resume` the one that its folder holds."""
     if config.resume:
         config = config.model_copy(update={"resume": False})
         if RunFolder.is_run(Path(str(config.output)).expanduser()):
-            return _go_on(config, arrays, callbacks)
-    _check_arrays(config, arrays)
+            return _go_on(config, call)
+    _check_arrays(config, call.arrays)
     folder = RunFolder.reserve(config)
     try:
-        trainer, environment = _prepare(config, arrays)
+        trainer, environment = _prepare(config, call)
         folder.begin(config, environment)
     except BaseException:
         folder.discard()
         raise
-    return _run(config, trainer, folder, callbacks)
+    return _run(config, trainer, folder, call, environment)
 
 
-def _go_on(
-    config: Config, arrays: Mapping[str, Any] | None, callbacks: Sequence[Callback]
-) -> Result:
+def _go_on(config: Config, call: _Call) -> Result:
     """The run in `config.output`, which holds one."""
     path = Path(str(config.output)).expanduser()
     check_same(config, path / "config.toml")
@@ -210,12 +275,12 @@ def _go_on(
         if folder.finished:
             folder.checkpoints.clear()
             return load_result(path)
-        _check_arrays(config, arrays)
+        _check_arrays(config, call.arrays)
         checkpoint = folder.checkpoints.latest()
-        trainer, environment = _prepare(config, arrays)
+        trainer, environment = _prepare(config, call)
         _check_environment(config, environment, folder.environment())
         folder.go_back(checkpoint.log_bytes if checkpoint else 0)
-        return _run(config, trainer, folder, callbacks, checkpoint)
+        return _run(config, trainer, folder, call, environment, checkpoint)
 
 
 def _check_arrays(config: Config, arrays: Mapping[str, Any] | None) -> None:
@@ -227,13 +292,14 @@ def _check_arrays(config: Config, arrays: Mapping[str, Any] | None) -> None:
 
 
 def _check_environment(config: Config, now: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
-    for key, what in (("weights_sha256", "weights"), ("dataset_manifest", "images")):
+    for key, what in _MUST_MATCH.items():
         if now[key] != begun.get(key):
             raise ValueError(
                 f"[resume] expected the {what} that the run was begun with ({key} "
                 f"{begun.get(key)}), got others ({now[key]})"
             )
-    for key in ("ntkcl", "torch", "cpu", "gpu", *(["threads"] if config.threads == 0 else [])):
+    may_round = ("ntkcl", "torch", "cpu", "gpu", "ranks")
+    for key in (*may_round, *(["threads"] if config.threads == 0 else [])):
         if now[key] != begun.get(key):
             logger.warning(
                 "[resume] %s: %s, the run was begun with %s: the result may differ from an "
@@ -242,11 +308,11 @@ def _check_environment(config: Config, now: Mapping[str, Any], begun: Mapping[st
             )
 
 
-def _prepare(config: Config, arrays: Mapping[str, Any] | None) -> tuple[_C.Trainer, dict[str, Any]]:
+def _prepare(config: Config, call: _Call) -> tuple[_C.Trainer, dict[str, Any]]:
     if config.tensorboard:
         summary_writer()  # refuses before there is a folder
     dataset = load_dataset(
-        config.dataset if arrays is None else arrays,
+        config.dataset if call.arrays is None else call.arrays,
         config.data_root,
         train_per_class=config.train_per_class,
         test_per_class=config.test_per_class,
@@ -254,8 +320,8 @@ def _prepare(config: Config, arrays: Mapping[str, Any] | None) -> tuple[_C.Train
     weights = load_backbone(config.backbone, config.weights)
     order = _class_order(config, len(dataset.class_names))
     return (
-        _make_trainer(config, dataset, weights, order),
-        _environment(weights, dataset, order),
+        _make_trainer(config, dataset, weights, order, call.ranks),
+        _environment(weights, dataset, order, call.ranks),
     )
 
 
@@ -263,13 +329,16 @@ def _run(
     config: Config,
     trainer: _C.Trainer,
     folder: RunFolder,
-    callbacks: Sequence[Callback],
+    call: _Call,
+    environment: Mapping[str, Any],
     checkpoint: Checkpoint | None = None,
 ) -> Result:
     happened = False
+    place = checkpoint.for_core() if checkpoint else None
+    order = Order(config, {key: environment[key] for key in _MUST_MATCH}, place)
     try:
         with folder, make_progress(config.progress) as progress, _StopSignal() as stop:
-            listeners = [*callbacks]
+            listeners = [*call.callbacks]
             if config.tensorboard:
                 listeners.append(TensorBoardLog(folder.path / "tensorboard"))
 
@@ -283,9 +352,8 @@ def _run(
                 if True in [listener(event) for listener in listeners]:
                     stop.ask()
 
-            raw = trainer.run(
-                on_event, stop, folder.save, checkpoint.for_core() if checkpoint else None
-            )
+            with call.ranks.training(order):
+                raw = trainer.run(on_event, stop, folder.save, place)
             raw["peak_memory"] = _peak_memory()
             result = result_of(raw, folder.path, config)
             folder.finish(result, raw)
@@ -300,7 +368,7 @@ def _run(
 
 
 def _make_trainer(
-    config: Config, dataset: Dataset, weights: Weights, class_order: list[int]
+    config: Config, dataset: Dataset, weights: Weights, class_order: list[int], ranks: Ranks
 ) -> _C.Trainer:
     backbone = backbone_info(config.backbone)
     transformer = _C.VisionTransformer(weights.tensors, backbone.heads, config.image_size)
@@ -317,6 +385,7 @@ def _make_trainer(
         config.transform_options(),
         config.loader_options(),
         *config.mean_std(),
+        group=ranks.group,
     )
 
 
@@ -335,13 +404,16 @@ def _class_order(config: Config, count: int) -> list[int]:
     return [int(index) for index in order]
 
 
-def _environment(weights: Weights, dataset: Dataset, class_order: list[int]) -> dict[str, Any]:
+def _environment(
+    weights: Weights, dataset: Dataset, class_order: list[int], ranks: Ranks
+) -> dict[str, Any]:
     return {
         **info(),
         "weights": str(weights.path),
         "weights_sha256": weights.sha256,
         "dataset_manifest": dataset.manifest_hash,
         "git_commit": _git_commit(),
+        "ranks": ranks.size,
         "classes": [dataset.class_names[index] for index in class_order],  # as learned
     }
 

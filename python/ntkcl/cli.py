@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ntkcl
-from ntkcl import _C, config, reporting, sweeping
+from ntkcl import _C, config, ranks, reporting, sweeping
 from ntkcl.api import run
 from ntkcl.backbones import backbone_info
 from ntkcl.comparison import Table as Comparison
@@ -95,6 +95,8 @@ def _train(words: list[str]) -> None:
 
 
 def _show(result: Result | Results) -> None:
+    if not ranks.leads():
+        return
     made = result[0].config if isinstance(result, Results) else result.config
     console = Console()
     if isinstance(result, Results):

@@ -130,7 +130,7 @@ def composed_linear(
         composed: Whether ``weight`` already holds the modules.
         probe: (g), any numbers: with a gradient required, its gradient is no derivative but the
             importance ``mean |W_j * dL/dW_j|`` of each matrix; or (g, out, in), and it is
-            ``|W_j * dL/dW_j|``.
+            ``W_j * dL/dW_j``.
 
     Returns:
         (..., g*out), of x's type. x, weight, bias, down, up and omega are differentiable.

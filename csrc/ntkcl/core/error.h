@@ -29,6 +29,9 @@ class FileError : public Error {  // OSError: not readable, not writable, disk f
 class NumericalError : public Error {  // FloatingPointError: a loss that is not finite
   using Error::Error;
 };
+class RankError : public Error {  // ConnectionError: a rank that trains with this one is gone
+  using Error::Error;
+};
 class Interrupted : public Error {  // KeyboardInterrupt
   using Error::Error;
 };

@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "ntkcl/dist/rows.h"
 #include "ntkcl/methods/random.h"
 #include "ntkcl/methods/state.h"
 #include "ntkcl/optim/optimizer.h"
@@ -38,11 +39,16 @@ struct TaskInfo {
   }
 };
 
+// Images of this rank, and all else of the whole batch.
 struct Batch {
-  at::Tensor images;  // (B, 3, S, S), normalised, in the backbone's dtype and device
+  at::Tensor images;  // (b, 3, S, S), normalised, in the backbone's dtype and device; alone: b = B
   at::Tensor labels;  // (B) int64, class numbers
   // (B) int64 on the CPU: which images of their set these are; the same in the whole run.
   at::Tensor numbers{};
+  dist::Rows rows{};  // which of the B images these are
+
+  // What was computed of the images, (.., b, ..), of the whole batch, (.., B, ..): with gradients.
+  at::Tensor whole(const at::Tensor& own, int64_t dim = 0) const { return rows.whole(own, dim); }
 };
 
 struct StepInfo {
@@ -85,6 +91,9 @@ class TaskServices {
   // The same as an epoch of training reads them: augmented, in an order drawn for `order`.
   virtual void for_each_augmented(const std::string& activity, const Draw& order,
                                   const BatchFn& fn) = 0;
+  // Of the trained parameters and of `others`: what backward passes have left in .grad becomes the
+  // gradient of the whole batch's loss. Wanted once a pass, before anything reads a gradient.
+  virtual void average_gradients(const std::vector<at::Tensor>& others) = 0;
   // An evaluation beside that at the task's end, reported under `tag`.
   virtual void evaluate(const std::string& tag) = 0;
   // For work without images: tells how far it is, and ends the run where the user wants that.
@@ -103,7 +112,7 @@ class Method {
   // the midst of the task: what it prepares follows from the state.
   virtual std::vector<optim::ParameterGroup> trained(const TaskInfo&) { return {}; }
   // Fills .grad of the trained parameters, which come without gradients. One left undefined is
-  // zero.
+  // zero. Losses are of the whole batch: see Batch::whole.
   virtual Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) = 0;
   // What follows training, in order: merging, statistics, alignment.
   virtual std::vector<std::string> stages(const TaskInfo& task) const = 0;
@@ -114,8 +123,11 @@ class Method {
   // The same of a run's test images, each once, in any order and batches: for methods that keep
   // what does not change from one evaluation to the next.
   virtual void score(TestImages& images, const ScoresFn& fn) {
-    images.for_each_batch(images.numbers(),
-                          [&](const Batch& batch) { fn(batch.labels, scores(batch.images)); });
+    images.for_each_batch(images.numbers(), [&](const Batch& batch) {
+      const Scores own = scores(batch.images);
+      fn(batch.labels,
+         {batch.whole(own.classes), own.task.defined() ? batch.whole(own.task) : at::Tensor()});
+    });
   }
   virtual void visit_state(const StateVisitor& visitor) = 0;
   // What score() keeps of the run's test images: no part of what is learned, but a resumed run is

@@ -15,6 +15,12 @@ using StateVisitor = std::function<void(const std::string& name, at::Tensor& ten
 using VisitFn = std::function<void(const StateVisitor& visitor)>;
 using State = std::map<std::string, at::Tensor>;
 
+// Of a method, an optimiser, a loop.
+template <class Learner>
+VisitFn visit_of(Learner& learner) {
+  return [&learner](const StateVisitor& visitor) { learner.visit_state(visitor); };
+}
+
 // Copies of all tensors.
 State copy_state(const VisitFn& visit);
 

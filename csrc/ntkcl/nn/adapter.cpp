@@ -4,6 +4,7 @@
 
 #include "ntkcl/core/error.h"
 #include "ntkcl/ops/bias_relu_dropout.h"
+#include "ntkcl/ops/philox_keep_mask.h"
 
 namespace ntkcl::nn {
 
@@ -43,22 +44,33 @@ void AdapterList::visit(const std::string& prefix, const NamedTensorFn& fn) {
   }
 }
 
-at::Tensor bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias, const Dropout& dropout) {
+at::Tensor bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias, const Dropout& dropout,
+                             int64_t dim, int64_t tokens) {
   const auto optional = [](const at::Tensor& t) {
     return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
   };
-  return ops::bias_relu_dropout(x, bias, optional(dropout.mask), optional(dropout.key), dropout.p);
+  if (dropout.rows == 0) {
+    const at::Tensor mask = dropout.mask.defined() ? dropout.mask.to(x.device()) : at::Tensor();
+    return ops::bias_relu_dropout(x, bias, optional(mask), optional(dropout.key), dropout.p);
+  }
+  // Of the mask of all images those of these.
+  auto sizes = x.sizes().vec();
+  const int64_t own = sizes[static_cast<size_t>(dim)];
+  sizes[static_cast<size_t>(dim)] = dropout.rows * tokens;
+  const at::Tensor all = ops::philox_keep_mask(dropout.key.to(x.device()), sizes, dropout.p);
+  return ops::bias_relu_dropout(x, bias, all.narrow(dim, dropout.first * tokens, own), std::nullopt,
+                                dropout.p);
 }
 
 at::Tensor adapter(const at::Tensor& hidden, const at::Tensor& down_weight,
                    const at::Tensor& down_bias, const at::Tensor& up_weight,
                    const at::Tensor& up_bias, const Dropout& dropout) {
-  at::Tensor mask = dropout.mask;
-  if (mask.defined() && mask.size(1) != hidden.size(1)) {
-    mask = mask.narrow(1, 0, hidden.size(1));  // the last block computes the class token alone
+  Dropout here = dropout;
+  if (here.mask.defined()) {  // the last block computes the class token alone
+    here.mask = here.mask.narrow(1, 0, hidden.size(1));
   }
   const at::Tensor inner =
-      bias_relu_dropout(at::linear(hidden, down_weight), down_bias, {dropout.p, mask, dropout.key});
+      bias_relu_dropout(at::linear(hidden, down_weight), down_bias, here, 0, 1);
   return at::linear(inner, up_weight, up_bias);
 }
 

@@ -14,7 +14,9 @@ using NamedTensorFn = std::function<void(const std::string& name, at::Tensor& te
 struct Dropout {
   double p = 0.0;
   at::Tensor mask{};  // uint8, the shape of what is dropped
-  at::Tensor key{};   // int64 scalar
+  at::Tensor key{};   // int64 scalar, for the units of all images together
+  // Where the images are but some of those: which is their first, and how many there are; 0: all.
+  int64_t first = 0, rows = 0;
 };
 
 // Tells `fn` block `block` of a stacked tensor, as a view.
@@ -44,8 +46,10 @@ struct AdapterList {
   void visit(const std::string& prefix, const NamedTensorFn& fn);
 };
 
-// drop(relu(x + bias)), the middle of an adapter or of several: see ops/bias_relu_dropout.h.
-at::Tensor bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias, const Dropout& dropout);
+// drop(relu(x + bias)), the middle of an adapter or of several: see ops/bias_relu_dropout.h. The
+// images lie along `dim` of x, `tokens` rows each.
+at::Tensor bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias, const Dropout& dropout,
+                             int64_t dim, int64_t tokens);
 
 // drop(relu(W_down h + b_down)) W_up^T + b_up, without scale and residual: (B, T, C) -> (B, T, C).
 at::Tensor adapter(const at::Tensor& hidden, const at::Tensor& down_weight,

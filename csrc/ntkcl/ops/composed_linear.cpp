@@ -216,8 +216,8 @@ Outputs backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& 
         to[kWeight][j].copy_(gradient);
       }
       if (wanted[kImportance]) {
-        const at::Tensor of_entries = (weight[j] * gradient).abs_();  // |W_ij G_ij|
-        to[kImportance][j] = entries ? of_entries : of_entries.mean(down.scalar_type());
+        const at::Tensor of_entries = weight[j] * gradient;  // W_ij G_ij
+        to[kImportance][j] = entries ? of_entries : of_entries.abs().mean(down.scalar_type());
       }
     } else if (of.any()) {
       of.from_rows(rows, own, to, j);

@@ -49,8 +49,8 @@ LowRankModules low_rank_modules(const at::Tensor& down, const at::Tensor& up,
 //   or from G = dy^T x, where n c (in + out) exceeds n in out + c in out
 //
 // Note: what `probe` gets as its gradient is no derivative but mean |W * G|, the importance of each
-// matrix (specification section 4), reduced where G is at hand; or |W * G| of each entry. Its
-// values are not read.
+// matrix (specification section 4), reduced where G is at hand; or W * G of each entry, with its
+// sign. Its values are not read.
 // Errors: ValueError (shapes, devices), TypeError (element types).
 at::Tensor composed_linear(const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const LowRankModules& modules,

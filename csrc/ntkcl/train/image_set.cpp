@@ -74,7 +74,8 @@ std::vector<std::vector<int64_t>> hold_out(std::vector<std::vector<int64_t>>& im
 }  // namespace
 
 std::pair<ImageSet, ImageSet> ImageSet::of_run(const RunData& data, double validation_fraction,
-                                               const at::TensorOptions& like) {
+                                               const at::TensorOptions& like,
+                                               const std::shared_ptr<dist::Communicator>& ranks) {
   const std::vector<int64_t> class_number = inverse_order(data.class_order);
   ByClass train = by_class(*data.train, class_number), test = by_class(*data.test, class_number);
   check_classes(train, data, "training");
@@ -86,16 +87,18 @@ std::pair<ImageSet, ImageSet> ImageSet::of_run(const RunData& data, double valid
     test = hold_out(train, data.class_order, validation_fraction);
     test_store = data.train;
   }
-  return {ImageSet(data.train, std::move(train), data, like),
-          ImageSet(std::move(test_store), std::move(test), data, like)};
+  return {ImageSet(data.train, std::move(train), data, like, ranks),
+          ImageSet(std::move(test_store), std::move(test), data, like, ranks)};
 }
 
 ImageSet::ImageSet(std::shared_ptr<data::ImageStore> store, ByClass images, const RunData& data,
-                   const at::TensorOptions& like)
+                   const at::TensorOptions& like, std::shared_ptr<dist::Communicator> ranks)
     : store_(std::move(store)),
       images_(std::move(images)),
       class_number_(inverse_order(data.class_order)),
-      normalization_(data.mean, data.std, like) {
+      normalization_(data.mean, data.std, like),
+      ranks_(std::move(ranks)),
+      reads_own_rows_(ranks_->size() > 1 && data.loader.on_corrupt == "stop") {
   data::LoaderOptions options = data.loader;
   options.pin_memory = like.device().is_cuda();
   loader_ = std::make_unique<data::Loader>(store_, data::Transform(data.transform), options);
@@ -113,7 +116,38 @@ std::vector<int64_t> ImageSet::of_classes(int64_t first, int64_t count) const {
 
 void ImageSet::start(data::View view, std::vector<int64_t> images, int64_t batch_size,
                      uint64_t key) {
-  loader_->start(view, std::move(images), batch_size, key);
+  NTKCL_CHECK(batch_size >= ranks_->size(), "ranks", "expected batches of at least ",
+              ranks_->size(), " images, one a rank, got 'batch_size' or 'evaluation_batch_size' ",
+              batch_size);
+  if (!reads_own_rows_) {
+    loader_->start(view, std::move(images), batch_size, key);
+    return;
+  }
+  pass_ = std::move(images);
+  batch_size_ = batch_size;
+  position_ = 0;
+  loader_->start(view, own_rows(pass_, batch_size), dist::Rows(ranks_, batch_size).count(), key);
+}
+
+// Of each batch; all but the last are of one size.
+std::vector<int64_t> ImageSet::own_rows(const std::vector<int64_t>& images,
+                                        int64_t batch_size) const {
+  std::vector<int64_t> own;
+  const auto count = static_cast<int64_t>(images.size());
+  for (int64_t first = 0; first < count; first += batch_size) {
+    const dist::Rows rows(ranks_, std::min(batch_size, count - first));
+    const auto begin = images.begin() + first + rows.held_first();
+    own.insert(own.end(), begin, begin + rows.held());
+  }
+  return own;
+}
+
+at::Tensor ImageSet::next_numbers() {
+  const int64_t count = std::min(batch_size_, static_cast<int64_t>(pass_.size()) - position_);
+  const at::Tensor numbers = at::tensor(
+      at::IntArrayRef(pass_).slice(static_cast<size_t>(position_), static_cast<size_t>(count)));
+  position_ += count;
+  return numbers;
 }
 
 bool ImageSet::next(methods::Batch& batch) {
@@ -121,14 +155,17 @@ bool ImageSet::next(methods::Batch& batch) {
   if (!loader_->next(loaded)) {
     return false;
   }
-  const int64_t n = loaded.indices.size(0);
+  const at::Tensor numbers = reads_own_rows_ ? next_numbers() : loaded.indices;
+  const int64_t n = numbers.size(0);
   at::Tensor labels = at::empty({n}, at::kLong);
   int64_t* out = labels.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < n; ++i) {
-    const auto image = static_cast<size_t>(loaded.indices.const_data_ptr<int64_t>()[i]);
+    const auto image = static_cast<size_t>(numbers.const_data_ptr<int64_t>()[i]);
     out[i] = class_number_[static_cast<size_t>(store_->labels()[image])];
   }
-  batch = {normalization_(loaded.images), labels.to(normalization_.device()), loaded.indices};
+  const dist::Rows rows(ranks_, n);
+  const at::Tensor own = reads_own_rows_ ? loaded.images : rows.own(loaded.images);
+  batch = {normalization_(own), labels.to(normalization_.device()), numbers, rows};
   return true;
 }
 

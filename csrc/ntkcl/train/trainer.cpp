@@ -12,20 +12,16 @@
 #include "ntkcl/train/compute_setup.h"
 
 namespace ntkcl::train {
-namespace {
-
-const std::string kOptimizer = "optimizer.";  // begins the names of its state
-
-}  // namespace
-
 Trainer::Trainer(const methods::MakeMethod& make, TrainOptions options,
                  const nn::VisionTransformer& backbone, const RunData& data,
-                 std::unique_ptr<methods::RandomSource> random)
+                 std::unique_ptr<methods::RandomSource> random,
+                 std::shared_ptr<dist::Communicator> ranks)
     : options_(std::move(options)),
       device_(resolve_device(options_.device)),
       vit_(prepare_backbone(backbone, options_)),
       class_order_(data.class_order),
-      images_(ImageSet::of_run(data, options_.validation_fraction, vit_.options())),
+      ranks_(std::move(ranks)),
+      images_(ImageSet::of_run(data, options_.validation_fraction, vit_.options(), ranks_)),
       random_(std::move(random)) {
   const auto classes = static_cast<int64_t>(class_order_.size());
   task_sizes_ = data.task_sizes;
@@ -56,8 +52,7 @@ Trainer::~Trainer() = default;
 void Trainer::begin_after(int64_t tasks, const methods::State& learned) {
   NTKCL_CHECK(!started_ && 0 < tasks && tasks < info_.count, "train", "expected 1 to ",
               info_.count - 1, " tasks learned before a new run, got ", tasks);
-  methods::load_state([&](const methods::StateVisitor& visitor) { method_->visit_state(visitor); },
-                      learned, {});
+  methods::load_state(methods::visit_of(*method_), learned, {});
   progress_.task = tasks;
   for (int64_t t = 0; t < tasks; ++t) {
     evaluations_.emplace_back(task_sizes_, t);
@@ -95,6 +90,7 @@ RunResult Trainer::run(const Hooks& hooks, const std::optional<Checkpoint>& from
   RunResult result;
   result.summary = stats::summarize(evaluations_);
   result.evaluations = std::move(evaluations_);
+  result.task_sizes = task_sizes_;
   result.seconds = begun_with_.seconds + watch_.seconds();
   result.training_seconds = progress_.training_seconds;
   result.training_images = progress_.training_images;
@@ -149,117 +145,6 @@ void Trainer::run_task() {
   progress_.begun = false;
   progress_.epoch = progress_.step = 0;
   save();
-}
-
-// ---- Checkpoints ----
-
-void Trainer::visit_state(const methods::StateVisitor& visitor) {
-  const auto named = [&](const std::string& prefix) {
-    return [&visitor, prefix](const std::string& name, at::Tensor& tensor) {
-      visitor(prefix + name, tensor);
-    };
-  };
-  method_->visit_state(named("method."));
-  method_->visit_test_state(named("test."));
-  for (size_t t = 0; t < evaluations_.size(); ++t) {
-    stats::Evaluation& evaluation = evaluations_[t];
-    at::Tensor labels = evaluation.labels(), records = evaluation.records(),
-               confidences = evaluation.confidences();
-    const auto visit = named("evaluation." + std::to_string(t) + ".");
-    visit("labels", labels);
-    visit("records", records);
-    visit("confidences", confidences);
-    evaluation.restore(labels, records, confidences);
-  }
-  for (ImageSet* set : {&images_.first, &images_.second}) {
-    at::Tensor skipped = set->skipped();
-    visitor(set == &images_.first ? "skipped.train" : "skipped.test", skipped);
-    set->count_as_skipped(skipped);
-  }
-}
-
-void Trainer::save() {
-  if (!hooks_.save) {
-    return;
-  }
-  Checkpoint checkpoint;
-  progress_.seconds = begun_with_.seconds + watch_.seconds();
-  checkpoint.progress = progress_;
-  checkpoint.tensors =
-      methods::copy_state([&](const methods::StateVisitor& visitor) { visit_state(visitor); });
-  if (optimizer_) {
-    optimizer_->visit_state([&](const std::string& name, at::Tensor& tensor) {
-      checkpoint.tensors[kOptimizer + name] = tensor.clone();
-    });
-  }
-  hooks_.save(checkpoint);
-  since_saved_ = {};
-  steps_since_saved_ = 0;
-}
-
-void Trainer::check_place(const Progress& p) const {
-  NTKCL_CHECK(0 <= p.task && p.task <= info_.count, "resume", "'task': expected 0 .. ", info_.count,
-              ", got ", p.task);
-  const bool over = p.task == info_.count;
-  const methods::TaskInfo info = over ? methods::TaskInfo() : info_of(p.task);
-  const int64_t steps = over ? 0 : steps_of(p.task), epochs = over ? 0 : epochs_of(p.task);
-  const auto images = static_cast<int64_t>(images_.first.of_classes(info.n_old, info.n_new).size());
-  const bool at_start = p.epoch == 0 && p.step == 0 && p.position == 0;
-  NTKCL_CHECK((p.begun ? !over : at_start) && 0 <= p.step && p.step <= steps && 0 <= p.epoch &&
-                  p.epoch <= epochs && 0 <= p.position && p.position <= images &&
-                  p.position % options_.batch_size == 0 && (p.epoch < epochs || p.position == 0) &&
-                  0 <= p.epoch_images && p.epoch_images <= p.position,
-              "resume", "expected a place among the ", steps, " steps of task ", p.task,
-              ", got step ", p.step, ", epoch ", p.epoch, ", image ", p.position);
-  NTKCL_CHECK(p.training_images >= 0 && p.trainable_parameters >= 0 && p.seconds >= 0 &&
-                  p.training_seconds >= 0 && std::isfinite(p.seconds + p.training_seconds),
-              "resume", "expected counts and times from 0 on, got ", p.training_images, " images, ",
-              p.trainable_parameters, " parameters, ", p.seconds, " and ", p.training_seconds,
-              " seconds");
-}
-
-void Trainer::restore(const Checkpoint& from) {
-  check_place(from.progress);
-  progress_ = from.progress;
-  const Progress& p = progress_;
-  for (int64_t t = 0; t < p.task; ++t) {
-    evaluations_.emplace_back(task_sizes_, t);
-  }
-  methods::State learned, of_optimizer;
-  for (const auto& [name, tensor] : from.tensors) {
-    if (name.starts_with(kOptimizer)) {
-      of_optimizer[name.substr(kOptimizer.size())] = tensor;
-    } else {
-      learned[name] = tensor;
-    }
-  }
-  methods::load_state([&](const methods::StateVisitor& visitor) { visit_state(visitor); }, learned,
-                      {});
-  if (p.begun) {
-    info_ = info_of(p.task);
-    begin_training();
-  }
-  NTKCL_CHECK(optimizer_ || of_optimizer.empty(), "resume", "expected no state of an optimiser ",
-              "between two tasks, got '", of_optimizer.begin()->first, "'");
-  if (optimizer_) {
-    methods::load_state(
-        [&](const methods::StateVisitor& visitor) { optimizer_->visit_state(visitor); },
-        of_optimizer, {.same_sizes = true});
-  }
-}
-
-void Trainer::pause(bool save_anyway) {
-  const bool stops = stop_asked();
-  const bool due =
-      (options_.checkpoint_steps > 0 && steps_since_saved_ >= options_.checkpoint_steps) ||
-      (options_.checkpoint_minutes > 0 &&
-       since_saved_.seconds() >= 60 * options_.checkpoint_minutes);
-  if (save_anyway || stops || due) {
-    save();
-  }
-  if (stops) {
-    stop();
-  }
 }
 
 // ---- Training ----
@@ -372,6 +257,21 @@ void Trainer::train_step(const methods::Batch& batch, double learning_rate) {
   progress_.epoch_images += images;
   progress_.training_images += images;
   steps_since_saved_ += 1;
+}
+
+void Trainer::average_gradients(const std::vector<at::Tensor>& others) {
+  std::vector<at::Tensor> gradients;
+  const auto add = [&](const at::Tensor& tensor) {
+    if (tensor.grad().defined()) {
+      gradients.push_back(tensor.grad());
+    }
+  };
+  for (const optim::ParameterGroup& group : optimizer_->groups()) {
+    std::ranges::for_each(group.parameters, add);
+  }
+  std::ranges::for_each(others, add);
+  const at::NoGradGuard no_grad;
+  dist::average_(*ranks_, gradients);
 }
 
 std::map<std::string, double> Trainer::finite(const methods::Losses& losses,
@@ -505,7 +405,7 @@ void Trainer::emit(std::string name, std::vector<std::pair<std::string, EventVal
 }
 
 bool Trainer::stop_asked() const {
-  return hooks_.should_stop && hooks_.should_stop();
+  return ranks_->any(hooks_.should_stop && hooks_.should_stop());
 }
 
 void Trainer::check_stop() const {

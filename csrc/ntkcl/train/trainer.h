@@ -16,6 +16,7 @@ namespace ntkcl::train {
 struct RunResult {
   stats::Summary summary;
   std::vector<stats::Evaluation> evaluations;  // after each task
+  std::vector<int64_t> task_sizes;             // how many classes
   double seconds = 0, training_seconds = 0;
   int64_t training_images = 0;  // images that went through a training step
   int64_t trainable_parameters = 0;
@@ -49,9 +50,11 @@ class Stopwatch {
 class Trainer : private methods::TaskServices {
  public:
   // Checks everything that can be checked before work begins. `random` null: Philox from the seed.
+  // `ranks` train together, with the same arguments each.
   Trainer(const methods::MakeMethod& make, TrainOptions options,
           const nn::VisionTransformer& backbone, const RunData& data,
-          std::unique_ptr<methods::RandomSource> random = nullptr);
+          std::unique_ptr<methods::RandomSource> random = nullptr,
+          std::shared_ptr<dist::Communicator> ranks = dist::single());
   ~Trainer() override;
 
   // Begins after `tasks` tasks that were learned elsewhere: their state. Their evaluations are not
@@ -76,6 +79,7 @@ class Trainer : private methods::TaskServices {
   void for_each_image(const std::string& activity, const methods::BatchFn& fn) override;
   void for_each_augmented(const std::string& activity, const methods::Draw& order,
                           const methods::BatchFn& fn) override;
+  void average_gradients(const std::vector<at::Tensor>& others) override;
   void evaluate(const std::string& tag) override;
   void progress(const std::string& activity, int64_t done, int64_t count) override;
 
@@ -98,6 +102,9 @@ class Trainer : private methods::TaskServices {
   void check_place(const Progress& p) const;
   // Of everything but the optimiser.
   void visit_state(const methods::StateVisitor& visitor);
+  methods::VisitFn state() {
+    return [this](const methods::StateVisitor& visitor) { visit_state(visitor); };
+  }
 
   // What a pass without gradients reads.
   struct Reading {
@@ -113,7 +120,7 @@ class Trainer : private methods::TaskServices {
   stats::Evaluation evaluate_and_report(const std::string& event, const std::string& activity,
                                         std::vector<std::pair<std::string, EventValue>> fields);
   void emit(std::string name, std::vector<std::pair<std::string, EventValue>> fields) const;
-  bool stop_asked() const;
+  bool stop_asked() const;  // of any rank
   void check_stop() const;
   [[noreturn]] void stop() const;
 
@@ -121,6 +128,7 @@ class Trainer : private methods::TaskServices {
   at::Device device_;
   nn::VisionTransformer vit_;
   std::vector<int64_t> class_order_;
+  std::shared_ptr<dist::Communicator> ranks_;
   std::pair<ImageSet, ImageSet> images_;  // for training, for tests
   std::unique_ptr<methods::RandomSource> random_;
   std::vector<int64_t> task_sizes_;

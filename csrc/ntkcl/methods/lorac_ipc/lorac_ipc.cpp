@@ -84,7 +84,7 @@ void LoracIpc::before_task(TaskServices& services) {
   if (!task.first() && drifts()) {
     std::vector<at::Tensor> rows;
     services.for_each_image("features before training", [&](const Batch& batch) {
-      rows.push_back(features(last_task(), batch.images));
+      rows.push_back(batch.whole(features(last_task(), batch.images)));
     });
     before_ = gathered(rows, task);
   }
@@ -198,13 +198,13 @@ int64_t LoracIpc::importance_window(const StepInfo& step) const {
   return decay > 0 ? static_cast<int64_t>(std::ceil(std::log(kForgotten) / std::log(decay))) : 1;
 }
 
-LoracIpc::Probes LoracIpc::make_probes() const {
-  Probes probes;
+LoracIpc::Probes LoracIpc::make_probes(bool entries) const {
+  Probes probes{.entries = entries};
   const auto leaf = [&](at::IntArrayRef sizes) {
     probes.leaves.push_back(at::zeros(sizes, head_.weight.options()).requires_grad_(true));
     return probes.leaves.back();
   };
-  if (by_entry()) {
+  if (entries) {
     for (const nn::LoraGroup& group : lora_.groups()) {
       probes.parts.emplace_back();
       for (int64_t l = 0; l < lora_.blocks(); ++l) {
@@ -225,16 +225,25 @@ void LoracIpc::add_importance(const Probes& probes) {
   const auto of = [](const at::Tensor& leaf) {
     return leaf.grad().defined() ? leaf.grad() : leaf.detach();
   };
-  if (!by_entry()) {
+  if (!probes.entries) {
     importance_[0].add(of(probes.leaves[0]).to(at::kDouble));
     return;
   }
-  for (size_t i = 0; i < importance_.size(); ++i) {
+  std::vector<at::Tensor> of_types;
+  for (size_t i = 0; i < probes.parts.size(); ++i) {
     std::vector<at::Tensor> blocks;
     for (const at::Tensor& leaf : probes.parts[i]) {
       blocks.push_back(of(leaf));
     }
-    importance_[i].add(at::stack(blocks));
+    const at::Tensor of_entries = at::stack(blocks).abs_();  // (L, g, out, in)
+    if (by_entry()) {
+      importance_[i].add(of_entries);
+    } else {
+      of_types.push_back(of_entries.mean({2, 3}, false, at::kDouble).t());
+    }
+  }
+  if (!by_entry()) {
+    importance_[0].add(at::cat(of_types));
   }
 }
 
@@ -252,21 +261,24 @@ at::Tensor LoracIpc::score() const {
   return at::cat(of_types).cpu();
 }
 
-Losses LoracIpc::gradients(const Batch& batch, const StepInfo& step, TaskServices&) {
+Losses LoracIpc::gradients(const Batch& batch, const StepInfo& step, TaskServices& services) {
   const at::AutoGradMode record(true);  // also where the caller switched gradients off
   const bool measure = measures(step);
-  const Probes probes = measure ? make_probes() : Probes();
+  // The absolute value of an entry's importance comes after the sum over the ranks.
+  const bool entries = by_entry() || batch.rows.shared();
+  const Probes probes = measure ? make_probes(entries) : Probes();
   const at::Tensor tokens =
       nn::pass_with_products(vit_, batch.images, lora_.products(probes.parts));
-  const at::Tensor feature =
+  const at::Tensor feature = batch.whole(
       trains_norm() ? at::layer_norm(tokens.select(1, 0), {vit_.width()}, head_.norm_weight,
                                      head_.norm_bias, nn::kLayerNormEps)
-                    : vit_.class_feature(tokens);
+                    : vit_.class_feature(tokens));
   // Classes of other tasks are at minus infinity: as if they were not there.
   const at::Tensor ce =
       at::cross_entropy_loss(at::linear(feature, training_.head_weight, training_.head_bias),
                              batch.labels - training_.task.n_old);
   ce.backward();
+  services.average_gradients(probes.leaves);
   if (measure) {
     add_importance(probes);
   }
@@ -347,10 +359,10 @@ void LoracIpc::gather_statistics(TaskServices& services) {
   const bool same = task.first() && options_.alignment && infers();
   services.for_each_image("statistics", [&](const Batch& batch) {
     if (options_.alignment) {
-      own.push_back(features(task.index, batch.images));
+      own.push_back(batch.whole(features(task.index, batch.images)));
     }
     if (infers()) {
-      first.push_back(same ? own.back() : features(0, batch.images));
+      first.push_back(same ? own.back() : batch.whole(features(0, batch.images)));
     }
     labels.push_back(batch.labels);
   });
@@ -578,7 +590,7 @@ void LoracIpc::score(TestImages& images, const ScoresFn& fn) {
   images.for_each_batch(seen_.unknown(images.numbers()), [&](const Batch& batch) {
     numbers.push_back(batch.numbers);
     labels.push_back(batch.labels);
-    rows.push_back(features(begin, batch.images));
+    rows.push_back(batch.whole(features(begin, batch.images)));
   });
   if (!numbers.empty()) {
     seen_.add(at::cat(numbers), at::cat(labels), at::cat(rows), begin);
@@ -589,7 +601,7 @@ void LoracIpc::score(TestImages& images, const ScoresFn& fn) {
   const at::Tensor tasks = chosen_tasks();
   for (const auto& [task, missing] : seen_.choose(tasks)) {
     images.for_each_batch(missing, [&, task = task](const Batch& batch) {
-      seen_.set(batch.numbers, features(task, batch.images));
+      seen_.set(batch.numbers, batch.whole(features(task, batch.images)));
     });
   }
   // In the order of the images, whenever they were first seen.

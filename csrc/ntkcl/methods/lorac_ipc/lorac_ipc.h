@@ -65,10 +65,11 @@ class LoracIpc : public Method {
   bool by_entry() const { return options_.importance_of == "entry"; }
   // Leaves whose gradients are the importances, in the parts that products() takes.
   struct Probes {
-    std::vector<at::Tensor> leaves;
-    nn::ComposedLora::Probes parts;
+    bool entries = false;  // with their sign; else one leaf of all matrices
+    std::vector<at::Tensor> leaves{};
+    nn::ComposedLora::Probes parts{};
   };
-  Probes make_probes() const;
+  Probes make_probes(bool entries) const;
   void add_importance(const Probes& probes);
   at::Tensor score() const;  // (types, L); undefined where no step was measured
   // Sum of the penalties of what is not frozen; adds lambda times its gradient to A's.

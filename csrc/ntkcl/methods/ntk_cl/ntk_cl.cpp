@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/methods/dropout.h"
 #include "ntkcl/methods/gathering.h"
 #include "ntkcl/methods/ntk_cl/losses.h"
 #include "ntkcl/nn/cosine_head.h"
@@ -105,8 +106,8 @@ void NtkCl::initialise(Lists& lists, int64_t number, RandomSource& random) {
 
 // ---- Features ----
 
-Features NtkCl::forward(const at::Tensor& images, const Noise* noise) const {
-  const nn::Prefix prefix = vit_.prefix(images);
+Features NtkCl::forward(const Batch& batch, const Noise* noise) const {
+  const nn::Prefix prefix = vit_.prefix(batch.images);
   at::Tensor plain;
   if (options_.pretrained_feature) {
     const at::NoGradGuard no_grad;
@@ -114,17 +115,17 @@ Features NtkCl::forward(const at::Tensor& images, const Noise* noise) const {
   }
   Features features;
   if (uses_channel()) {
-    features.channel = channel_features(prefix, plain, noise);
+    features.channel = batch.whole(channel_features(prefix, plain, noise));
   }
   if (uses_patch()) {
-    features.patch = patch_features(prefix, plain);
+    features.patch = batch.whole(patch_features(prefix, plain));
   }
   if (fuses()) {
     at::Tensor mask;
     if (noise && options_.fusion_dropout > 0 && fusion_->drops_heads()) {
       mask = noise->random.keep_mask({"fusion.dropout", noise->task, noise->step},
-                                     {images.size(0), fusion_->heads()}, options_.fusion_dropout,
-                                     images.device());
+                                     {features.channel.size(0), fusion_->heads()},
+                                     options_.fusion_dropout, vit_.options().device());
     }
     features.fused = (*fusion_)(features.channel, features.patch, mask, options_.fusion_dropout);
   }
@@ -137,15 +138,14 @@ at::Tensor NtkCl::channel_features(const nn::Prefix& prefix, const at::Tensor& p
   if (plain.defined()) {
     parts.push_back(plain);
   }
-  const int64_t batch = prefix.hidden.size(0);
   for (int64_t i = options_.frozen_lists; i >= 1; --i) {
     const at::NoGradGuard no_grad;
     // Dropout is active in the frozen passes too (section 2).
     parts.push_back(nn::channel_pass(vit_, prefix, frozen_[static_cast<size_t>(i - 1)].channel,
-                                     options_.channel_scale, adapter_dropout(noise, i, batch)));
+                                     options_.channel_scale, adapter_dropout(noise, i)));
   }
   parts.push_back(nn::channel_pass(vit_, prefix, current_.channel, options_.channel_scale,
-                                   adapter_dropout(noise, 0, batch)));
+                                   adapter_dropout(noise, 0)));
   return at::cat(parts, 1);
 }
 
@@ -163,28 +163,21 @@ at::Tensor NtkCl::patch_features(const nn::Prefix& prefix, const at::Tensor& pla
   return at::cat(parts, 1);
 }
 
-std::vector<nn::Dropout> NtkCl::adapter_dropout(const Noise* noise, int64_t list,
-                                                int64_t batch) const {
+std::vector<nn::Dropout> NtkCl::adapter_dropout(const Noise* noise, int64_t list) const {
   std::vector<nn::Dropout> dropout;
   if (!noise || options_.adapter_dropout == 0) {
     return dropout;
   }
   for (int64_t l = 0; l < vit_.depth(); ++l) {
     const Draw draw{"adapter.dropout", noise->task, noise->step, list, l};
-    nn::Dropout d{.p = options_.adapter_dropout};
-    if (auto mask = noise->random.recorded(draw)) {
-      d.mask = mask->to(vit_.options().device());
-    } else {
-      d.key = noise->random.dropout_key(draw);
-    }
-    dropout.push_back(std::move(d));
+    dropout.push_back(dropout_of(draw, options_.adapter_dropout, noise->random, noise->rows, 0));
   }
   return dropout;
 }
 
-Features NtkCl::features(const at::Tensor& images) const {
+Features NtkCl::features(const Batch& batch) const {
   const at::NoGradGuard no_grad;
-  return forward(images, nullptr);
+  return forward(batch, nullptr);
 }
 
 const at::Tensor& NtkCl::scored(const Features& features) const {
@@ -197,8 +190,8 @@ Scores NtkCl::scores(const at::Tensor& images) const {
 
 at::Tensor NtkCl::all_features(const std::string& activity, TaskServices& services) const {
   std::vector<at::Tensor> parts;
-  services.for_each_image(
-      activity, [&](const Batch& batch) { parts.push_back(scored(features(batch.images))); });
+  services.for_each_image(activity,
+                          [&](const Batch& batch) { parts.push_back(scored(features(batch))); });
   return gathered(parts, services.task());
 }
 
@@ -296,8 +289,8 @@ at::Tensor NtkCl::orth_constant() const {
 
 Losses NtkCl::gradients(const Batch& batch, const StepInfo& step, TaskServices& services) {
   const at::AutoGradMode record(true);  // also where the caller switched gradients off
-  const Noise noise{services.random(), constants_.info.index, step.step};
-  const Features features = forward(batch.images, &noise);
+  const Noise noise{services.random(), constants_.info.index, step.step, batch.rows};
+  const Features features = forward(batch, &noise);
   const at::Tensor labels = batch.labels - constants_.info.n_old;
   Losses losses;
   at::Tensor total = at::zeros({}, vit_.options());
@@ -318,6 +311,7 @@ Losses NtkCl::gradients(const Batch& batch, const StepInfo& step, TaskServices& 
     add("l_orth", orthogonality_loss(features), options_.upsilon);
   }
   total.backward();
+  services.average_gradients({});
   if (fuses()) {
     const at::Tensor reg = regularise();
     losses.emplace_back("l_reg", reg);
@@ -419,7 +413,7 @@ void NtkCl::update_prototypes(TaskServices& services) {
   std::vector<at::Tensor> rows, labels;
   const bool keep = before_.size(0) > 0 || gaussians_;
   services.for_each_image("prototypes", [&](const Batch& batch) {
-    const at::Tensor f = scored(features(batch.images));
+    const at::Tensor f = scored(features(batch));
     means.add(f, batch.labels);
     if (keep) {
       rows.push_back(f);

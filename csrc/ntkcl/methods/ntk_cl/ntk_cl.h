@@ -49,7 +49,8 @@ class NtkCl : public Method {
   void visit_state(const StateVisitor& visitor) override;
 
   // Without dropout and without a graph.
-  Features features(const at::Tensor& images) const;
+  Features features(const at::Tensor& images) const { return features(Batch{images, {}}); }
+  Features features(const Batch& batch) const;
 
  private:
   // What is constant while one task trains.
@@ -62,6 +63,7 @@ class NtkCl : public Method {
   struct Noise {
     RandomSource& random;
     int64_t task, step;
+    const dist::Rows& rows;
   };
 
   bool uses_channel() const { return options_.mode != "patch"; }
@@ -70,11 +72,11 @@ class NtkCl : public Method {
   int64_t sections() const;
 
   void initialise(Lists& lists, int64_t number, RandomSource& random);
-  Features forward(const at::Tensor& images, const Noise* noise) const;
+  Features forward(const Batch& batch, const Noise* noise) const;
   at::Tensor channel_features(const nn::Prefix& prefix, const at::Tensor& plain,
                               const Noise* noise) const;
   at::Tensor patch_features(const nn::Prefix& prefix, const at::Tensor& plain) const;
-  std::vector<nn::Dropout> adapter_dropout(const Noise* noise, int64_t list, int64_t batch) const;
+  std::vector<nn::Dropout> adapter_dropout(const Noise* noise, int64_t list) const;
   // The feature that is scored: F_m, or that of the single mode.
   const at::Tensor& scored(const Features& features) const;
 

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/methods/dropout.h"
 #include "ntkcl/methods/gathering.h"
 #include "ntkcl/nn/cosine_head.h"
 #include "ntkcl/stats/drift.h"
@@ -125,20 +126,14 @@ std::vector<optim::ParameterGroup> Raa::trained(const TaskInfo& task) {
 }
 
 std::vector<nn::Dropout> Raa::dropout(const std::string& purpose, const StepInfo& step,
-                                      RandomSource& random) const {
+                                      const dist::Rows& rows, RandomSource& random) const {
   std::vector<nn::Dropout> of_blocks;
   if (options_.adapter_dropout == 0) {
     return of_blocks;
   }
   for (int64_t l = 0; l < vit_.depth(); ++l) {
     const Draw draw{purpose, training_.task.index, step.step, pass_of(step), l};
-    nn::Dropout d{.p = options_.adapter_dropout};
-    if (const auto mask = random.recorded(draw)) {
-      d.mask = mask->to(vit_.options().device());
-    } else {
-      d.key = random.dropout_key(draw);
-    }
-    of_blocks.push_back(std::move(d));
+    of_blocks.push_back(dropout_of(draw, options_.adapter_dropout, random, rows, 1));
   }
   return of_blocks;
 }
@@ -155,9 +150,10 @@ void Raa::share(const Batch& batch, const StepInfo& step, RandomSource& random) 
   if (training_.frozen > 0 && (step.pass == 0 || !same_noise)) {
     const at::NoGradGuard no_grad;
     const bool mixed = options_.amalgamation == "code";
-    shared_.frozen = nn::stream_pass(
-        vit_, shared_.prefix, {.adapters = branches_.range(0, training_.frozen)}, options_.scale,
-        dropout("adapter.dropout.frozen", step, random), mixed ? &shared_.frozen_added : nullptr);
+    shared_.frozen =
+        nn::stream_pass(vit_, shared_.prefix, {.adapters = branches_.range(0, training_.frozen)},
+                        options_.scale, dropout("adapter.dropout.frozen", step, batch.rows, random),
+                        mixed ? &shared_.frozen_added : nullptr);
   }
 }
 
@@ -196,13 +192,14 @@ Losses Raa::gradients(const Batch& batch, const StepInfo& step, TaskServices& se
   }
   at::Tensor features =
       nn::stream_pass(vit_, shared_.prefix, streams(alpha), options_.scale,
-                      dropout("adapter.dropout", step, random));  // (streams, b, C)
+                      dropout("adapter.dropout", step, batch.rows, random));  // (streams, b, C)
   if (training_.frozen > 0) {
     features = at::cat({shared_.frozen, features});
   }
-  const auto [of_branches, of_mixture] = losses(features, batch);
+  const auto [of_branches, of_mixture] = losses(batch.whole(features, 1), batch);
   const at::Tensor total = of_mixture.defined() ? of_branches + of_mixture : of_branches;
   total.backward();
+  services.average_gradients({});
   for (size_t block = 0; block + 1 < training_.head.size(); ++block) {
     if (const at::Tensor stale = stale_of(block, step); stale.defined()) {
       training_.head[block].mutable_grad() = stale;
@@ -281,7 +278,9 @@ void Raa::merge() {
 
 at::Tensor Raa::drift_features(const std::string& when, TaskServices& services) const {
   std::vector<at::Tensor> parts;
-  const BatchFn add = [&](const Batch& batch) { parts.push_back(features(batch.images)); };
+  const BatchFn add = [&](const Batch& batch) {
+    parts.push_back(batch.whole(features(batch.images)));
+  };
   const std::string activity = "features " + when + " training";
   if (options_.drift == "paired") {
     services.for_each_image(activity, add);
@@ -295,7 +294,7 @@ void Raa::gather_statistics(TaskServices& services) {
   const TaskInfo& task = training_.task;
   std::vector<at::Tensor> parts, labels_of;
   services.for_each_image("statistics", [&](const Batch& batch) {
-    parts.push_back(features(batch.images));
+    parts.push_back(batch.whole(features(batch.images)));
     labels_of.push_back(batch.labels);
   });
   const at::Tensor rows = gathered(parts, task);

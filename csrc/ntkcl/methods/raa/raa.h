@@ -60,7 +60,7 @@ class Raa : public Method {
   bool mixes() const { return options_.amalgamation != "none"; }
   int64_t pass_of(const StepInfo& step) const { return options_.share_noise ? 0 : step.pass; }
   std::vector<nn::Dropout> dropout(const std::string& purpose, const StepInfo& step,
-                                   RandomSource& random) const;
+                                   const dist::Rows& rows, RandomSource& random) const;
   void share(const Batch& batch, const StepInfo& step, RandomSource& random);
   nn::Streams streams(const at::Tensor& alpha) const;
   // Mean of the branches' losses times lambda, and of the mixture's, undefined without one.

@@ -24,8 +24,9 @@ std::vector<std::string> SimpleCil::stages(const TaskInfo&) const {
 void SimpleCil::run_stage(const std::string& stage, TaskServices& services) {
   const TaskInfo& task = services.task();
   stats::ClassMeans means(task.n_old, task.n_new, vit_.width());
-  services.for_each_image(
-      stage, [&](const Batch& batch) { means.add(features(batch.images), batch.labels); });
+  services.for_each_image(stage, [&](const Batch& batch) {
+    means.add(batch.whole(features(batch.images)), batch.labels);
+  });
   prototypes_ =
       at::cat({prototypes_.narrow(0, 0, task.n_old), means.result(prototypes_.scalar_type())});
 }
