@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lorac-ipc": {},
     "raa": {"initial_epochs": 1},
     "simple-cil": {},
+    "ranpac": {"ranpac": {"projection": 64}},
     "fine-tune": {"fine_tune": {"peft": "lora", "rank": 4}},
     "joint": {},
 }

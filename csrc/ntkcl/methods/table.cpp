@@ -5,6 +5,7 @@
 #include "ntkcl/methods/lorac_ipc/lorac_ipc.h"
 #include "ntkcl/methods/ntk_cl/ntk_cl.h"
 #include "ntkcl/methods/raa/raa.h"
+#include "ntkcl/methods/ranpac/ranpac.h"
 #include "ntkcl/methods/simple_cil/simple_cil.h"
 
 namespace ntkcl::methods {
@@ -29,6 +30,13 @@ std::unique_ptr<Method> make_raa(const OptionMap& values, const nn::VisionTransf
   raa::Options options;
   apply(values, options, "raa");
   return std::make_unique<raa::Raa>(options, vit, random);
+}
+
+std::unique_ptr<Method> make_ranpac(const OptionMap& values, const nn::VisionTransformer& vit,
+                                    int64_t, RandomSource& random) {
+  ranpac::Options options;
+  apply(values, options, "ranpac");
+  return std::make_unique<ranpac::RanPac>(options, vit, random);
 }
 
 std::unique_ptr<Method> make_fine_tune(const OptionMap& values, const nn::VisionTransformer& vit,
@@ -92,6 +100,15 @@ const std::vector<MethodEntry>& method_table() {
         {"epochs", int64_t{10}}},
        {{"release", raa::release_values()}, {"corrected", {}}},
        make_raa},
+      {"ranpac",
+       "ranpac",
+       "adapters trained in the first task alone, a random projection, ridge regression on sums "
+       "over "
+       "all tasks",
+       describe<ranpac::Options>(),
+       {{"learning_rate", 0.01}, {"batch_size", int64_t{48}}},
+       {{"release", {}}, {"corrected", {}}},
+       make_ranpac},
       {"fine-tune",
        "fine_tune",
        "adapters or LoRA and a softmax head that go on from task to task: the lower baseline",
