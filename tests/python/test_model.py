@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "raa": {"initial_epochs": 1},
     "simple-cil": {},
     "ranpac": {"ranpac": {"projection": 64}},
+    "ease": {},
     "fine-tune": {"fine_tune": {"peft": "lora", "rank": 4}},
     "joint": {},
 }

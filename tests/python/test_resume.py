@@ -59,6 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     "raa": {"method": "raa", "initial_epochs": 2},
     "raa release": {"method": "raa", "variant": "release", "initial_epochs": 2},
     "ranpac": {"method": "ranpac", "initial_epochs": 8, "ranpac": {"projection": 64}},
+    "ease": {"method": "ease"},
     "fine-tune": {"method": "fine-tune", "epochs": 6, "optimizer": "adam"},
     "fine-tune lora": {
         "method": "fine-tune",

@@ -1,6 +1,7 @@
 #include "ntkcl/methods/table.h"
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/methods/ease/ease.h"
 #include "ntkcl/methods/fine_tune/fine_tune.h"
 #include "ntkcl/methods/lorac_ipc/lorac_ipc.h"
 #include "ntkcl/methods/ntk_cl/ntk_cl.h"
@@ -37,6 +38,13 @@ std::unique_ptr<Method> make_ranpac(const OptionMap& values, const nn::VisionTra
   ranpac::Options options;
   apply(values, options, "ranpac");
   return std::make_unique<ranpac::RanPac>(options, vit, random);
+}
+
+std::unique_ptr<Method> make_ease(const OptionMap& values, const nn::VisionTransformer& vit,
+                                  int64_t, RandomSource&) {
+  ease::Options options;
+  apply(values, options, "ease");
+  return std::make_unique<ease::Ease>(options, vit);
 }
 
 std::unique_ptr<Method> make_fine_tune(const OptionMap& values, const nn::VisionTransformer& vit,
@@ -109,6 +117,14 @@ const std::vector<MethodEntry>& method_table() {
        {{"learning_rate", 0.01}, {"batch_size", int64_t{48}}},
        {{"release", {}}, {"corrected", {}}},
        make_ranpac},
+      {"ease",
+       "ease",
+       "an adapter for each task, frozen afterwards; prototypes of all classes in the subspace of "
+       "each",
+       describe<ease::Options>(),
+       {{"learning_rate", 0.01}, {"batch_size", int64_t{48}}},
+       {{"release", {}}, {"corrected", {}}},
+       make_ease},
       {"fine-tune",
        "fine_tune",
        "adapters or LoRA and a softmax head that go on from task to task: the lower baseline",
