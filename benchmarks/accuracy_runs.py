@@ -142,6 +142,15 @@ RUNS: Mapping[str, Run] = {
     ),
     "lorac": Run("lorac-ipc", "corrected", "LoRAC", _NO_IPC),
     "lorac-ipc": Run("lorac-ipc", "corrected", "LoRAC+IPC"),
+    # Baselines by their defaults.
+    "ranpac": Run("ranpac", "corrected", "RanPAC"),
+    "ease": Run("ease", "corrected", "EASE"),
+    "fine-tune": Run("fine-tune", "corrected", "fine-tuning, the lower bound"),
+    "fine-tune-task": Run(
+        *("fine-tune", "corrected", "fine-tuning, each loss over the task's classes"),
+        {"fine_tune.loss": "task"},
+    ),
+    "joint": Run("joint", "corrected", "joint training on all images so far, the upper bound"),
     # Settings of LoRAC+IPC, for held-out images.
     "lorac-ipc-lr-0.002": Run(
         *("lorac-ipc", "corrected", "learning rate 0.002"), {"learning_rate": 0.002}

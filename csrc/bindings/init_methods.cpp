@@ -7,7 +7,6 @@
 #include "bindings.h"
 #include "ntkcl/core/error.h"
 #include "ntkcl/methods/ntk_cl/ntk_cl.h"
-#include "ntkcl/methods/raa/raa.h"
 #include "ntkcl/methods/table.h"
 #include "ntkcl/train/compute_setup.h"
 
@@ -122,13 +121,12 @@ class MethodSession : private methods::TaskServices {
     }
   }
 
-  // By name: NTK-CL's of the two sub-networks and their fusion, RAA's of the merged branch.
+  // By name: NTK-CL's of the two sub-networks and their fusion, another method's "features".
   methods::State features(const at::Tensor& images) const {
-    if (const auto* raa = dynamic_cast<const methods::raa::Raa*>(method_.get())) {
-      return {{"features", raa->features(images.to(vit_.options()))}};
-    }
     const auto* ntk_cl = dynamic_cast<const methods::ntk_cl::NtkCl*>(method_.get());
-    NTKCL_CHECK(ntk_cl, "features", "expected the method ntk-cl or raa");
+    if (!ntk_cl) {
+      return {{"features", method_->features_of(images.to(vit_.options()))}};
+    }
     const methods::ntk_cl::Features f = ntk_cl->features(images.to(vit_.options()));
     methods::State named{{"channel", f.channel}, {"patch", f.patch}, {"fused", f.fused}};
     std::erase_if(named, [](const auto& entry) { return !entry.second.defined(); });

@@ -256,6 +256,8 @@ def cautions(config: Config) -> list[str]:
             "lorac_ipc.inference = 'vote_by_test_task' uses the labels of the test images: these "
             "accuracies are no result and compare with no other"
         ]
+    if config.method == "joint":
+        return ["joint keeps the images of all tasks and trains on them again: an upper bound"]
     return []
 
 

@@ -52,6 +52,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "raa": {"method": "raa", "raa": {"adapter_dropout": 0.2}},
     "raa code": {"method": "raa", "raa": {"adapter_dropout": 0.2, "amalgamation": "code"}},
+    "ranpac": {"method": "ranpac", "ranpac": {"projection": 64}},
+    "ease": {"method": "ease"},
+    "fine-tune": {"method": "fine-tune", "fine_tune": {"peft": "lora", "head": "linear"}},
+    "joint": {"method": "joint"},
     "own method": {"method": "centres", "learning_rate": 1e-3},
     "corrupt images": {
         "method": "raa",

@@ -84,9 +84,55 @@ def block(weights: dict[str, Tensor], name: str, x: Tensor, heads: int) -> Tenso
     return x + mlp(weights, f"{name}.mlp", layer_norm(weights, f"{name}.norm2", x))
 
 
+def adapter(adapters: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    inner = functional.relu(linear(adapters, f"{name}.down", x))
+    return linear(adapters, f"{name}.up", inner)
+
+
 def reference_features(weights: dict[str, Tensor], images: Tensor, heads: int) -> Tensor:
     """The class token after the last norm, (b, width); weights and images share one dtype."""
     x = tokens_of(weights, images)
     for index in range(depth_of(weights)):
         x = block(weights, f"blocks.{index}", x, heads)
     return layer_norm(weights, "norm", x)[:, 0]
+
+
+def adapted_features(
+    weights: dict[str, Tensor],
+    images: Tensor,
+    heads: int,
+    adapters: dict[str, Tensor],
+    scale: float,
+) -> Tensor:
+    """The same with an adapter beside each MLP, which reads what stands before its LayerNorm."""
+    x = tokens_of(weights, images)
+    for index in range(depth_of(weights)):
+        name = f"blocks.{index}"
+        h = x + attention(weights, f"{name}.attn", layer_norm(weights, f"{name}.norm1", x), heads)
+        own = mlp(weights, f"{name}.mlp", layer_norm(weights, f"{name}.norm2", h))
+        x = h + own + scale * adapter(adapters, str(index), h)
+    return layer_norm(weights, "norm", x)[:, 0]
+
+
+def with_lora(weights: dict[str, Tensor], modules: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with A B / r added to every matrix; `modules` holds A and B of each block as
+    "<block>.attention.down" (q, k, v and o, in, r), "<block>.attention.up", "<block>.fc1.down"
+    (1, in, r) and so on."""
+    merged = dict(weights)
+    for index in range(depth_of(weights)):
+        delta = {
+            kind: (down := modules[f"{index}.{kind}.down"])
+            @ modules[f"{index}.{kind}.up"]
+            / down.shape[-1]
+            for kind in ("attention", "fc1", "fc2")
+        }
+        q, k, v, o = delta["attention"].transpose(1, 2)  # stored weights are (out, in)
+        for layer, added in (
+            ("attn.qkv", torch.cat([q, k, v])),
+            ("attn.proj", o),
+            ("mlp.fc1", delta["fc1"][0].T),
+            ("mlp.fc2", delta["fc2"][0].T),
+        ):
+            key = f"blocks.{index}.{layer}.weight"
+            merged[key] = weights[key] + added
+    return merged

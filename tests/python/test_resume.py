@@ -58,6 +58,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "raa": {"method": "raa", "initial_epochs": 2},
     "raa release": {"method": "raa", "variant": "release", "initial_epochs": 2},
+    "ranpac": {"method": "ranpac", "initial_epochs": 8, "ranpac": {"projection": 64}},
+    "ease": {"method": "ease"},
+    "fine-tune": {"method": "fine-tune", "epochs": 6, "optimizer": "adam"},
+    "fine-tune lora": {
+        "method": "fine-tune",
+        "epochs": 6,
+        "fine_tune": {"peft": "lora", "loss": "task"},
+    },
+    "joint": {"method": "joint", "joint": {"head": "linear"}},
     "held out, few read": {"method": "raa", "validation_fraction": 0.25, "initial_epochs": 1},
 }
 KEYS = {"epochs": 2, "transform": "inception", "initial_learning_rate": 0.01}

@@ -39,6 +39,12 @@ struct TaskInfo {
   }
 };
 
+// Classes first .. first + count - 1.
+struct ClassRange {
+  int64_t first = 0;
+  int64_t count = 0;
+};
+
 // Images of this rank, and all else of the whole batch.
 struct Batch {
   at::Tensor images;  // (b, 3, S, S), normalised, in the backbone's dtype and device; alone: b = B
@@ -106,6 +112,9 @@ class Method {
 
   // Whether this task has training steps at all.
   virtual bool trains(const TaskInfo&) const { return true; }
+  // The classes whose images the steps read: those of the task. A method that reads older ones has
+  // kept their images.
+  virtual ClassRange trains_on(const TaskInfo& task) const { return {task.n_old, task.n_new}; }
   // New heads, bases, features of the old model: all that a task's beginning changes in the state.
   virtual void before_task(TaskServices&) {}
   // What the task trains; empty if nothing is. Follows before_task, or the loading of a state from

@@ -1,9 +1,12 @@
 #include "ntkcl/methods/table.h"
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/methods/ease/ease.h"
+#include "ntkcl/methods/fine_tune/fine_tune.h"
 #include "ntkcl/methods/lorac_ipc/lorac_ipc.h"
 #include "ntkcl/methods/ntk_cl/ntk_cl.h"
 #include "ntkcl/methods/raa/raa.h"
+#include "ntkcl/methods/ranpac/ranpac.h"
 #include "ntkcl/methods/simple_cil/simple_cil.h"
 
 namespace ntkcl::methods {
@@ -28,6 +31,34 @@ std::unique_ptr<Method> make_raa(const OptionMap& values, const nn::VisionTransf
   raa::Options options;
   apply(values, options, "raa");
   return std::make_unique<raa::Raa>(options, vit, random);
+}
+
+std::unique_ptr<Method> make_ranpac(const OptionMap& values, const nn::VisionTransformer& vit,
+                                    int64_t, RandomSource& random) {
+  ranpac::Options options;
+  apply(values, options, "ranpac");
+  return std::make_unique<ranpac::RanPac>(options, vit, random);
+}
+
+std::unique_ptr<Method> make_ease(const OptionMap& values, const nn::VisionTransformer& vit,
+                                  int64_t, RandomSource&) {
+  ease::Options options;
+  apply(values, options, "ease");
+  return std::make_unique<ease::Ease>(options, vit);
+}
+
+std::unique_ptr<Method> make_fine_tune(const OptionMap& values, const nn::VisionTransformer& vit,
+                                       int64_t, RandomSource&) {
+  fine_tune::Options options;
+  apply(values, options, "fine_tune");
+  return std::make_unique<fine_tune::FineTune>(options, vit);
+}
+
+std::unique_ptr<Method> make_joint(const OptionMap& values, const nn::VisionTransformer& vit,
+                                   int64_t, RandomSource&) {
+  fine_tune::JointOptions options;
+  apply(values, options, "joint");
+  return std::make_unique<fine_tune::Joint>(options, vit);
 }
 
 struct NoOptions {
@@ -77,6 +108,37 @@ const std::vector<MethodEntry>& method_table() {
         {"epochs", int64_t{10}}},
        {{"release", raa::release_values()}, {"corrected", {}}},
        make_raa},
+      {"ranpac",
+       "ranpac",
+       "adapters trained in the first task alone, a random projection, ridge regression on sums "
+       "over all tasks",
+       describe<ranpac::Options>(),
+       {{"learning_rate", 0.01}, {"batch_size", int64_t{48}}},
+       {{"release", {}}, {"corrected", {}}},
+       make_ranpac},
+      {"ease",
+       "ease",
+       "an adapter for each task, frozen afterwards; prototypes of all classes in the subspace of "
+       "each",
+       describe<ease::Options>(),
+       {{"learning_rate", 0.01}, {"batch_size", int64_t{48}}},
+       {{"release", {}}, {"corrected", {}}},
+       make_ease},
+      {"fine-tune",
+       "fine_tune",
+       "adapters or LoRA and a softmax head that go on from task to task: the lower baseline",
+       describe<fine_tune::Options>(),
+       {{"learning_rate", 0.01}, {"batch_size", int64_t{48}}},
+       {{"release", {}}, {"corrected", {}}},
+       make_fine_tune},
+      {"joint",
+       "joint",
+       "adapters or LoRA trained anew at every task on the images of all classes seen, which it "
+       "keeps: the upper bound",
+       describe<fine_tune::JointOptions>(),
+       {{"learning_rate", 0.01}, {"batch_size", int64_t{48}}},
+       {{"release", {}}, {"corrected", {}}},
+       make_joint},
       {"simple-cil",
        "simple_cil",
        "class means of the frozen backbone, the baseline without training",

@@ -53,6 +53,15 @@ void Trainer::begin_after(int64_t tasks, const methods::State& learned) {
   NTKCL_CHECK(!started_ && 0 < tasks && tasks < info_.count, "train", "expected 1 to ",
               info_.count - 1, " tasks learned before a new run, got ", tasks);
   methods::load_state(methods::visit_of(*method_), learned, {});
+  for (int64_t t = tasks; t < info_.count; ++t) {
+    const methods::ClassRange classes = method_->trains_on(info_of(t));
+    for (int64_t c = classes.first; c < classes.first + classes.count; ++c) {
+      NTKCL_CHECK(!images_.first.of_classes(c, 1).empty(), "train", "class ",
+                  class_order_[static_cast<size_t>(c)],
+                  ": expected its training images, which this method reads again in every later "
+                  "task, got none");
+    }
+  }
   progress_.task = tasks;
   for (int64_t t = 0; t < tasks; ++t) {
     evaluations_.emplace_back(task_sizes_, t);
@@ -119,7 +128,7 @@ void Trainer::run_task() {
     method_->before_task(*this);
     progress_.begun = true;
     const auto first = class_order_.begin() + info_.n_old;
-    const auto images = images_.first.of_classes(info_.n_old, info_.n_new).size();
+    const auto images = images_of(info_).size();
     emit("task_begin", {{"task", info_.index},
                         {"classes", std::vector<int64_t>(first, first + info_.n_new)},
                         {"train_images", static_cast<int64_t>(images)},
@@ -158,8 +167,13 @@ int64_t Trainer::steps_of(int64_t task) const {
   if (!method_->trains(info)) {
     return 0;
   }
-  const auto images = static_cast<int64_t>(images_.first.of_classes(info.n_old, info.n_new).size());
+  const auto images = static_cast<int64_t>(images_of(info).size());
   return epochs_of(task) * ((images + options_.batch_size - 1) / options_.batch_size);
+}
+
+std::vector<int64_t> Trainer::images_of(const methods::TaskInfo& info) const {
+  const methods::ClassRange classes = method_->trains_on(info);
+  return images_.first.of_classes(classes.first, classes.count);
 }
 
 void Trainer::begin_training() {
@@ -195,7 +209,7 @@ void Trainer::train_epoch(int64_t epochs, double learning_rate) {
   Stopwatch since_pause;
   const int64_t epoch = progress_.epoch, begun_at = progress_.epoch_images;
   // What is behind a resumed epoch is not read again.
-  std::vector<int64_t> images = shuffled_images({"order", info_.index, epoch});
+  std::vector<int64_t> images = shuffled_images(images_of(info_), {"order", info_.index, epoch});
   const int64_t start = std::min(progress_.position, static_cast<int64_t>(images.size()));
   images.erase(images.begin(), images.begin() + start);
   const auto left = static_cast<int64_t>(images.size());
@@ -305,14 +319,14 @@ void Trainer::for_each_augmented(const std::string& activity, const methods::Dra
   methods::Draw augmentation = order;
   augmentation.purpose += ".augmentation";
   pass(images_.first,
-       {.images = shuffled_images(order),
+       {.images = shuffled_images(images_.first.of_classes(info_.n_old, info_.n_new), order),
         .view = data::View::kAugmented,
         .key = random_->key(augmentation)},
        activity, fn);
 }
 
-std::vector<int64_t> Trainer::shuffled_images(const methods::Draw& order) {
-  const std::vector<int64_t> images = images_.first.of_classes(info_.n_old, info_.n_new);
+std::vector<int64_t> Trainer::shuffled_images(const std::vector<int64_t>& images,
+                                              const methods::Draw& order) {
   const at::Tensor places = random_->permutation(order, static_cast<int64_t>(images.size()));
   std::vector<int64_t> shuffled;
   for (const int64_t place : at::IntArrayRef(places.const_data_ptr<int64_t>(), images.size())) {

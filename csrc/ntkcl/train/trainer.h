@@ -58,7 +58,7 @@ class Trainer : private methods::TaskServices {
   ~Trainer() override;
 
   // Begins after `tasks` tasks that were learned elsewhere: their state. Their evaluations are not
-  // known, and count as of no image.
+  // known, and count as of no image. ValueError for a method that wants their images again.
   void begin_after(int64_t tasks, const methods::State& learned);
 
   // Runs all tasks, or those that are left after a checkpoint. When it is stopped it ends with
@@ -86,6 +86,8 @@ class Trainer : private methods::TaskServices {
   methods::TaskInfo info_of(int64_t task) const;
   int64_t epochs_of(int64_t task) const;
   int64_t steps_of(int64_t task) const;
+  // Store positions of the images that a task's steps read.
+  std::vector<int64_t> images_of(const methods::TaskInfo& info) const;
 
   void run_task();
   void begin_training();  // makes the optimiser of what the method trains
@@ -114,8 +116,9 @@ class Trainer : private methods::TaskServices {
   };
   void pass(ImageSet& set, Reading reading, const std::string& activity,
             const methods::BatchFn& fn);
-  // Training images of the task's classes in the order of a random draw.
-  std::vector<int64_t> shuffled_images(const methods::Draw& order);
+  // These in the order of a random draw.
+  std::vector<int64_t> shuffled_images(const std::vector<int64_t>& images,
+                                       const methods::Draw& order);
   // Evaluates, and reports it as an event of this name with `fields` before its own.
   stats::Evaluation evaluate_and_report(const std::string& event, const std::string& activity,
                                         std::vector<std::pair<std::string, EventValue>> fields);

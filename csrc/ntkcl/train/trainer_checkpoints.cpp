@@ -62,7 +62,7 @@ void Trainer::check_place(const Progress& p) const {
   const bool over = p.task == info_.count;
   const methods::TaskInfo info = over ? methods::TaskInfo() : info_of(p.task);
   const int64_t steps = over ? 0 : steps_of(p.task), epochs = over ? 0 : epochs_of(p.task);
-  const auto images = static_cast<int64_t>(images_.first.of_classes(info.n_old, info.n_new).size());
+  const auto images = static_cast<int64_t>(images_of(info).size());
   const bool at_start = p.epoch == 0 && p.step == 0 && p.position == 0;
   NTKCL_CHECK((p.begun ? !over : at_start) && 0 <= p.step && p.step <= steps && 0 <= p.epoch &&
                   p.epoch <= epochs && 0 <= p.position && p.position <= images &&
