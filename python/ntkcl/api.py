@@ -231,12 +231,12 @@ def _check_environment(config: Config, now: Mapping[str, Any], begun: Mapping[st
         if now[key] != begun.get(key):
             raise ValueError(
                 f"[resume] expected the {what} that the run was begun with ({key} "
-                f"{begun.get(key)}), got others ({now[key]})"
+                f"{begun.get(key)!s:.80}), got others ({now[key]})"
             )
     for key in ("ntkcl", "torch", "cpu", "gpu", *(["threads"] if config.threads == 0 else [])):
         if now[key] != begun.get(key):
             logger.warning(
-                "[resume] %s: %s, the run was begun with %s: the result may differ from an "
+                "[resume] %s: %s, the run was begun with %.80s: the result may differ from an "
                 "uninterrupted run's in the last bits",
                 *(key, now[key], begun.get(key)),
             )

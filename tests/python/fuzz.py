@@ -155,8 +155,9 @@ class Guard:
         elif event == "open" and isinstance(arguments[2], int):
             if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 self._check(event, arguments[:1])
-        elif event in self._CHANGES:
-            self._check(event, arguments)
+        elif event in self._CHANGES and not (isinstance(arguments[-1], int) and arguments[-1] >= 0):
+            # Without a folder's descriptor, which only rmtree gives.
+            self._check(event, arguments[event in ("os.symlink", "os.link") :])
 
     def _check(self, event: str, arguments: tuple[Any, ...]) -> None:
         for path in arguments:
@@ -203,10 +204,9 @@ def watch_once(
     found: list[str],
 ) -> tuple[str, int] | None:
     """One life of the reader. Where the next one has to begin; None where all is read."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", place[0], str(place[1])]
     log = (arguments.work / "log.txt").open("w+b")
     at: tuple[str, int] | None = None
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
+    with subprocess.Popen(reader(place), stdout=subprocess.PIPE, stderr=log) as process:
         for line in lines_of(process):
             kind, *fields = line.split("\t")
             if kind == "begin":
@@ -224,13 +224,20 @@ def watch_once(
     if process.returncode == 0:
         return None
     if at is None:
-        raise SystemExit(f"the reader ended between two inputs ({process.returncode}):\n{text[-4000:]}")
+        raise SystemExit(
+            f"the reader ended between two inputs ({process.returncode}):\n{text[-4000:]}"
+        )
     end = "took too long" if process.returncode == -9 else f"ended with {process.returncode}"
     report = [line for line in text.splitlines() if "ERROR" in line or "runtime error" in line]
     note(arguments, at, f"FAILED {end}: {' '.join(report[-2:])}", counts.setdefault(at[0], Count()),
          found)  # fmt: skip
     keep(arguments, *at).with_suffix(".log").write_text(text)
     return at[0], at[1] + 1
+
+
+def reader(place: tuple[str, int]) -> list[str]:
+    """The command that reads from a place on."""
+    return [sys.executable, __file__, *sys.argv[1:], "--worker", place[0], str(place[1])]
 
 
 def lines_of(process: subprocess.Popen[bytes]) -> Iterator[str]:

@@ -197,7 +197,7 @@ def of_safetensors(draws: Random, seeds: Sequence[bytes]) -> bytes:
         length = int.from_bytes(data[:8], "little")
         header = json_text(draws, json.loads(data[8 : 8 + length]))
         return len(header).to_bytes(8, "little") + header + data[8 + length :]
-    tensors = safetensors.torch.load(data)
+    tensors = dict(sorted(safetensors.torch.load(data).items()))  # which come in any order
     for _ in range(1 + int(draws.expovariate(1))):
         _change_tensors(draws, tensors)
     return safetensors.torch.save(tensors)
@@ -240,7 +240,7 @@ def _other_shape(draws: Random, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _other_values(draws: Random, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or tensor.is_complex():
         return tensor
     flat = tensor.flatten().clone()
     if tensor.is_floating_point():

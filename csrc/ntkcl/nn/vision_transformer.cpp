@@ -58,12 +58,15 @@ int64_t count_blocks(const TensorMap& weights) {
   return depth;
 }
 
+// The first of the lines, and of each what a reader can take in.
 std::string join(const std::vector<std::string>& lines) {
+  constexpr size_t kLines = 20, kColumns = 200;
   std::string text;
-  for (const std::string& line : lines) {
-    text += "\n  " + line;
+  for (size_t i = 0; i < std::min(lines.size(), kLines); ++i) {
+    text += "\n  " + lines[i].substr(0, kColumns);
   }
-  return text;
+  const size_t more = lines.size() - std::min(lines.size(), kLines);
+  return more ? text + "\n  and " + std::to_string(more) + " more" : text;
 }
 
 // Each key missing, unexpected or of another shape, one a line.
