@@ -89,7 +89,8 @@ OptionMap option_map(const py::dict& values, const std::string& where) {
     try {
       map.emplace(name, option_value(value, name, where));
     } catch (const py::cast_error&) {
-      NTKCL_FAIL(ValueError, where, "'", name, "': expected whole numbers of 64 bits, or text, got ",
+      NTKCL_FAIL(ValueError, where, "'", name,
+                 "': expected whole numbers of 64 bits, or text, got ",
                  py::repr(value).cast<std::string>().substr(0, 80));
     }
   }

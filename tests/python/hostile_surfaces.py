@@ -99,13 +99,13 @@ def _images() -> dict[str, Surface]:
         assert _C.decode_image(content, "image").size > 0
 
     every = [content for of_format in by_format.values() for content in of_format]
-    shares = {"jpeg": 160, "png": 110, "bmp": 50, "webp": 60}
+    shares = {"jpeg": 200, "png": 140, "bmp": 60, "webp": 80}
     surfaces = {
         name: Surface(by_format[name], of_bytes, decode, share) for name, share in shares.items()
     }
     return surfaces | {
-        "png-chunks": Surface(by_format["png"], of_png, decode, 90),
-        "any-format": Surface(every, of_bytes, decode, 30),
+        "png-chunks": Surface(by_format["png"], of_png, decode, 110),
+        "any-format": Surface(every, of_bytes, decode, 40),
     }
 
 
@@ -192,12 +192,12 @@ def _stores(folder: Path) -> dict[str, Surface]:
         for name, content in cifar_members(protocol).items()
     ]
     return {
-        "zip": Surface(_zips(), of_zip, read_zip, 110),
+        "zip": Surface(_zips(), of_zip, read_zip, 60),
         "folder": Surface([json.dumps(_tree()).encode()], _of_tree, read_tree, 20),
         "lists": Surface([listed], _of_lists, read_lists, 20),
         "yaml-lists": Surface([_yaml(pairs)], _of_lists, read_yaml, 10),
         "arrays": Surface([json.dumps(_ARRAYS).encode()], of_json, _read_arrays, 20),
-        "pickle": Surface(_plain_pickles(), of_bytes, plain_pickle.loads, 90),
+        "pickle": Surface(_plain_pickles(), of_bytes, plain_pickle.loads, 100),
         "cifar-100": Surface(pickles, _behind_name, read_cifar, 30),
         "cifar-100-tar": Surface([cifar_tar(level) for level in (0, 9)], of_bytes, read_tar, 20),
     }
@@ -351,7 +351,19 @@ def _weights(folder: Path) -> dict[str, Surface]:
         _C.VisionTransformer(found.tensors, info.heads, SIZE)
         _C.VisionTransformer(found.tensors, info.heads, 2 * SIZE)  # positions are resampled
 
-    return {"weights": Surface([whole.read_bytes()], of_safetensors, read, 50)}
+    def read_core(content: bytes) -> None:
+        # Without the check of the sizes that the name promises.
+        try:
+            tensors = safetensors.torch.load(content)
+        except (safetensors.SafetensorError, KeyError, ValueError):
+            return
+        _C.VisionTransformer(tensors, info.heads)
+
+    seeds = [whole.read_bytes()]
+    return {
+        "weights": Surface(seeds, of_safetensors, read, 40),
+        "weights-core": Surface(seeds, of_safetensors, read_core, 20),
+    }
 
 
 def _tiny_weights(info: backbones.Backbone) -> dict[str, torch.Tensor]:
@@ -492,7 +504,7 @@ def _model_surfaces(name: str, run: Path) -> dict[str, Surface]:
             state.write_bytes(kept)
 
     kept = state.read_bytes()
-    surfaces = {f"state-{name}": Surface([kept], of_safetensors, read_state, 10)}
+    surfaces = {f"state-{name}": Surface([kept], of_safetensors, read_state, 4)}
     if name != "ntk-cl":
         return surfaces
 
@@ -504,9 +516,9 @@ def _model_surfaces(name: str, run: Path) -> dict[str, Surface]:
         comparison.compare([run])
 
     files: list[tuple[str, Mutate, Callable[[], object], int]] = [
-        ("model.json", of_json, predict, 10),
-        ("config.toml", of_toml, predict, 15),
-        ("result.json", of_json, result, 20),
+        ("model.json", of_json, predict, 5),
+        ("config.toml", of_toml, predict, 6),
+        ("result.json", of_json, result, 10),
         ("environment.json", of_json, report, 3),
         ("predictions.safetensors", of_safetensors, report, 3),
     ]
@@ -559,8 +571,8 @@ def _checkpoint_surfaces(name: str, run: Path) -> dict[str, Surface]:
         if other.stem != path.stem:
             other.unlink()
     surfaces = {
-        f"checkpoint-{name}": Surface([kept], of_safetensors, read_tensors, 10, trains=True),
-        f"progress-{name}": Surface([whole], _of_progress, read_progress, 5, trains=True),
+        f"checkpoint-{name}": Surface([kept], of_safetensors, read_tensors, 5, trains=True),
+        f"progress-{name}": Surface([whole], _of_progress, read_progress, 3, trains=True),
     }
     if name == "ntk-cl":
         surfaces["checkpoint-json"] = Surface([whole], of_json, read_manifest, 20)

@@ -36,6 +36,7 @@ from ntkcl.datasets import load_dataset, plain_pickle
 _FAST = {"jpeg": 300, "png": 300, "bmp": 300, "webp": 300, "png-chunks": 300, "any-format": 100}
 _FAST |= {"zip": 150, "folder": 100, "lists": 100, "yaml-lists": 100, "arrays": 200, "pickle": 300}
 _FAST |= {"cifar-100": 100, "cifar-100-tar": 100, "weights": 200, "checkpoint-json": 100}
+_FAST |= {"weights-core": 200}
 _FAST |= {"checkpoint-bytes": 100, "result.json": 100, "environment-of-a-resumed-run": 100}
 _FAST |= {"events.jsonl": 50, "model.json": 50, "config.toml": 50}
 _SLOW = ["environment.json", "predictions.safetensors"]
@@ -212,6 +213,15 @@ def test_a_png_of_few_bytes_has_no_large_image() -> None:
         _C.decode_image(false, "x")
 
 
+def test_a_bmp_whose_sides_overflow() -> None:
+    # Protects: a product of three fields of the header, undefined behaviour.
+    sides = struct.pack("<II", 0xFFFFFFFF, 0x7FFFFFFF)
+    header = struct.pack("<HIHHI", 0x4D42, 100, 0, 0, 54) + struct.pack("<I", 40) + sides
+    header += struct.pack("<HHIIIIII", 1, 0xFFFF, 0, 0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"expected 1 to \d+ pixels"):
+        _C.decode_image(header + bytes(100), "x")
+
+
 @pytest.mark.parametrize(
     ("target", "error"), [("missing", FileNotFoundError), ("x.png", ValueError)]
 )
@@ -275,6 +285,15 @@ def test_weights_that_are_no_floating_point_numbers(
     (tmp_path / "x.safetensors").write_bytes(safetensors.torch.save(tensors))
     with pytest.raises(ValueError, match=r"^\[weights\] 'norm.bias': expected a floating point"):
         ntkcl.backbones.load_backbone(hostile_surfaces.TINY, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 0, 0), (0, 3, 8, 8)])
+def test_patches_of_nothing(surfaces: dict[str, Surface], shape: tuple[int, ...]) -> None:
+    # Protects: a division by the patch size, which ended the process.
+    tensors = safetensors.torch.load(surfaces["weights"].seeds[0])
+    tensors["patch_embed.proj.weight"] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=r"patch_embed.proj.weight: expected \(C, 3, p, p\)"):
+        _C.VisionTransformer(tensors, 2)
 
 
 def test_many_wrong_keys_are_not_all_told(surfaces: dict[str, Surface]) -> None:

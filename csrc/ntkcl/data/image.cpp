@@ -20,6 +20,10 @@ struct Header {
   int64_t bits = 0;  // of a row before it is deflated, if it is
 };
 
+bool has_allowed_size(const Header& header) {
+  return header.height > 0 && header.width > 0 && header.height <= kMaxPixels / header.width;
+}
+
 template <class... Args>
 [[noreturn]] void fail(const std::string& name, const Args&... args) {
   NTKCL_FAIL(data::CorruptImage, "decode_image", name, ": ", args...);
@@ -122,7 +126,8 @@ Header read_png(Bytes bytes, const std::string& name) {
       header.height = big_endian(&bytes[at + 12], 4);
       const int64_t depth = bytes[at + 16], colour = bytes[at + 17];
       header.grey16 = depth == 16 && colour == 0;
-      header.bits = header.width * depth * (colour == 2 ? 3 : colour == 4 ? 2 : colour == 6 ? 4 : 1);
+      const int64_t channels = colour == 2 ? 3 : colour == 4 ? 2 : colour == 6 ? 4 : 1;
+      header.bits = header.width * depth * channels;
     }
     if (starts_with(bytes, "IEND", at + 4)) {
       return header;
@@ -146,6 +151,9 @@ Header read_bmp(Bytes bytes, const std::string& name) {
                        : std::abs(int64_t{static_cast<int32_t>(little_endian(sizes + 4, 4))});
   if (!core && bytes.size() < 34) {
     fail_truncated(name, "BMP");
+  }
+  if (!has_allowed_size(header)) {
+    return header;  // the product below could overflow
   }
   const int64_t bits = little_endian(sizes + 2 * field + 2, 2);
   const bool run_length = !core && (bytes[30] == 1 || bytes[30] == 2);
@@ -206,8 +214,7 @@ cv::Mat decode_pixels(Bytes bytes, int flags, const std::string& name) {
 
 Image decode_image(std::span<const uint8_t> encoded, const std::string& name) {
   const Header header = read_header(encoded, name);
-  if (header.height <= 0 || header.width <= 0 || header.height > kMaxPixels / header.width ||
-      encoded.size() > static_cast<size_t>(kMaxEncodedBytes)) {
+  if (!has_allowed_size(header) || encoded.size() > static_cast<size_t>(kMaxEncodedBytes)) {
     fail(name, "expected 1 to ", kMaxPixels, " pixels in at most 2 GiB, got ", header.height, "x",
          header.width, " in ", encoded.size(), " bytes");
   }

@@ -164,8 +164,9 @@ class ZipStore final : public ImageStore {
     const bool plausible = entry.method == kStored
                                ? entry.size == entry.compressed_size
                                : entry.size / kDeflateRatio <= entry.compressed_size;
-    NTKCL_CHECK(plausible && entry.size <= kMaxEncodedBytes, where, described, ": expected a size that ",
-                entry.compressed_size, " bytes can unpack to, got ", entry.size);
+    NTKCL_CHECK(plausible && entry.size <= kMaxEncodedBytes, where, described,
+                ": expected a size that ", entry.compressed_size, " bytes can unpack to, got ",
+                entry.size);
   }
 
   std::vector<uint8_t> read(const ZipEntry& entry, const std::string& name) const {

@@ -14,8 +14,7 @@ namespace {
 void check(const State& known, const State& given, const LoadOptions& options) {
   for (const auto& [name, tensor] : given) {
     const auto found = known.find(name);
-    NTKCL_CHECK(found != known.end(), "state", "unknown tensor '", name.substr(0, 100),
-                "'");
+    NTKCL_CHECK(found != known.end(), "state", "unknown tensor '", name.substr(0, 100), "'");
     NTKCL_CHECK(!options.same_sizes || found->second.sizes() == tensor.sizes(), "state", name,
                 ": expected ", found->second.sizes(), ", got ", tensor.sizes());
     const auto expected = found->second.scalar_type(), type = tensor.scalar_type();

@@ -140,8 +140,9 @@ VisionTransformer::VisionTransformer(const TensorMap& weights, int64_t heads, in
   const at::Tensor& patch = need(weights, "patch_embed.proj.weight");
   const at::Tensor& position = need(weights, "pos_embed");
   const at::Tensor& fc1 = need(weights, "blocks.0.mlp.fc1.weight");
-  NTKCL_CHECK(patch.dim() == 4 && patch.size(1) == 3 && patch.size(2) == patch.size(3), kWhere,
-              "patch_embed.proj.weight: expected (C, 3, p, p), got ", patch.sizes());
+  NTKCL_CHECK(
+      patch.dim() == 4 && patch.size(1) == 3 && patch.size(2) == patch.size(3) && patch.numel() > 0,
+      kWhere, "patch_embed.proj.weight: expected (C, 3, p, p), got ", patch.sizes());
   NTKCL_CHECK(position.dim() == 3 && position.size(1) >= 2, kWhere,
               "pos_embed: expected (1, tokens, C) with a class token, got ", position.sizes());
   NTKCL_CHECK(fc1.dim() == 2, kWhere, "blocks.0.mlp.fc1.weight: expected 2 dimensions, got ",
