@@ -18,6 +18,7 @@ import argparse
 import collections
 import importlib.util
 import os
+import resource
 import selectors
 import shutil
 import subprocess
@@ -26,7 +27,10 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hostile_surfaces import Surface
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 30.0  # for one input, on a machine that others use as well
@@ -60,55 +64,52 @@ def work(arguments: argparse.Namespace) -> int:
         use_core(arguments.core)
     import torch
 
-    torch.set_num_threads(1)
     import hostile_surfaces
 
+    torch.set_num_threads(1)
     folder = arguments.work / "files"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if not arguments.replay:
-        print("seeds", flush=True)
     surfaces = hostile_surfaces.make_surfaces(folder)
     guard = Guard(folder)
     if arguments.replay:
         name = arguments.replay.name.rsplit("-", 2)[0]
-        print(hostile_surfaces.outcome(surfaces[name], arguments.replay.read_bytes()))
+        print(hostile_surfaces.outcome(surfaces[name], arguments.replay.read_bytes()), *guard.seen)
         return int(bool(guard.seen))
-    current = arguments.work / "current"
-    first_surface, first = arguments.worker[0], int(arguments.worker[1])
     names = [n for n in surfaces if not arguments.only or n.startswith(tuple(arguments.only))]
     shares = sum(surfaces[name].share for name in names)
-    behind = first_surface == ""
-    for name in names:
+    begin = int(arguments.worker[1])
+    for name in names[names.index(arguments.worker[0] or names[0]) :]:
         surface = surfaces[name]
-        count = -(-arguments.inputs * surface.share // shares)
-        start = first if name == first_surface else 0
-        behind = behind or name == first_surface
-        if not behind:
-            continue
         hostile_surfaces.outcome(surface, surface.seeds[0])  # imports and caches: no input's fault
-        peak = peak_mebibytes()
-        for number in range(start, count):
+        for number in range(begin, -(-arguments.inputs * surface.share // shares)):
             content = hostile_surfaces.input_of(surface, name, arguments.seed, number)
-            current.write_bytes(content)
-            print(f"begin\t{name}\t{number}\t{peak}", flush=True)
-            guard.seen.clear()
+            (arguments.work / "current").write_bytes(content)
+            print(f"begin\t{name}\t{number}", flush=True)
             began = time.perf_counter()
-            try:
-                found = hostile_surfaces.outcome(surface, content)
-            except AssertionError as error:
-                found = f"FAILED {place_of(error)}: {error}"
+            found = watched_outcome(surface, content, guard)
             seconds = time.perf_counter() - began
-            now = peak_mebibytes()
-            if now - peak > MEBIBYTES:
-                found = f"FAILED memory: {now - peak} MiB"
-            peak = now
-            if guard.seen:
-                found = f"FAILED {guard.seen[0]}"
             if found.startswith("FAILED"):
                 keep(arguments, name, number)
             print(f"end\t{name}\t{number}\t{seconds:.6f}\t{found[:500]!r}", flush=True)
+        begin = 0
     return 0
+
+
+def watched_outcome(surface: Surface, content: bytes, guard: Guard) -> str:
+    """The outcome of reading, with what the reader may not do."""
+    from hostile_surfaces import outcome
+
+    guard.seen.clear()
+    before = peak_mebibytes()
+    try:
+        found = outcome(surface, content)
+    except AssertionError as error:
+        found = f"FAILED {place_of(error)}: {error}"
+    grown = peak_mebibytes() - before
+    if grown > MEBIBYTES:
+        found = f"FAILED memory: {grown} MiB"
+    return f"FAILED {guard.seen[0]}" if guard.seen else found
 
 
 def use_core(folder: Path) -> None:
@@ -131,8 +132,6 @@ def place_of(error: AssertionError) -> str:
 
 
 def peak_mebibytes() -> int:
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
@@ -142,7 +141,7 @@ class Guard:
     _NEVER = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class",
               "socket.connect", "ctypes.dlopen", "os.kill")  # fmt: skip
     _CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link",
-                "os.chmod", "os.truncate", "shutil.rmtree")  # fmt: skip
+                "os.chmod", "shutil.rmtree")  # fmt: skip
 
     def __init__(self, folder: Path) -> None:
         self.seen: list[str] = []
@@ -190,10 +189,8 @@ def watch(arguments: argparse.Namespace) -> int:
     while place is not None:
         place = watch_once(arguments, place, counts, found)
     print(table(counts), flush=True)
-    for text in found:
-        print(text)
-    total = sum(sum(count.outcomes.values()) for count in counts.values())
-    print(f"{total} inputs, seed {arguments.seed}: {len(found)} failures")
+    total = sum((count.outcomes for count in counts.values()), collections.Counter())
+    print(f"{total.total()} inputs, seed {arguments.seed}: {total['FAILED']} failures")
     return int(bool(found))
 
 

@@ -241,6 +241,16 @@ def test_lists_of_other_bytes_and_endless_labels(tmp_path: Path, line: bytes) ->
         load_dataset(tmp_path)
 
 
+def test_a_zip_of_a_version_that_python_does_not_read(
+    tmp_path: Path, surfaces: dict[str, Surface]
+) -> None:
+    content = bytearray(surfaces["zip"].seeds[0])
+    content[content.index(b"PK\1\2") + 6] = 255  # version needed
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^\[load_dataset\] expected a zip file, got"):
+        load_dataset(tmp_path / "x.zip")
+
+
 def test_a_pickle_does_not_fill_the_message() -> None:
     name = b"x" * 70_000
     with pytest.raises(ValueError, match=r"^\[plain_pickle\] ") as caught:

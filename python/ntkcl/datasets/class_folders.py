@@ -81,7 +81,7 @@ def zip_items(path: Path) -> Items:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
         raise bad_data(f"expected a zip file, got {path}: {error}") from None
     for entry in entries:
         _check_zip_entry(path, entry)
