@@ -309,7 +309,8 @@ def _of_predictions(
         return np.full((tasks, tasks), math.nan), math.nan
     try:
         tensors = load_file(file)
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        # The last ones of types that numpy does not have.
         raise ValueError(
             f"[report] expected a safetensors file, got '{file}': {error!s:.200}"
         ) from None

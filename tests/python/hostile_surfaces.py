@@ -403,7 +403,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "method": "ntk-cl",
         "ntk_cl": {"mode": "both", "frozen_lists": 2, "drift": "paired", "alignment": True},
     },
-    "lorac-ipc": {"method": "lorac-ipc"},
+    # Clusters of more than one image, which have a covariance.
+    "lorac-ipc": {
+        "method": "lorac-ipc",
+        "lorac_ipc": {"inference_clusters": 1, "alignment_clusters": 2},
+    },
     "lorac-ipc-entries": {
         "method": "lorac-ipc",
         "optimizer": "adamw",

@@ -317,6 +317,7 @@ def test_many_wrong_keys_are_not_all_told(surfaces: dict[str, Surface]) -> None:
 def changed_state(surfaces: dict[str, Surface], method: str, **tensors: Any) -> bytes:
     """The state of a run with changes: a tensor by its name, or a function of the one it has."""
     state = safetensors.torch.load(surfaces[f"state-{method}"].seeds[0])
+    assert all(state[name.replace("__", ".")].numel() for name in tensors)
     for name, change in tensors.items():
         key = name.replace("__", ".")
         state[key] = change(state[key])
@@ -344,6 +345,34 @@ def test_a_state_without_numbers(
 def test_statistics_whose_covariance_overflows(surfaces: dict[str, Surface]) -> None:
     content = changed_state(surfaces, "lorac-ipc", inference__factors=lambda t: t.fill_(1e30))
     with pytest.raises(ValueError, match=r"^\[state\] inference.*finite and positive definite"):
+        surfaces["state-lorac-ipc"].read(content)
+
+
+def test_an_average_of_less_than_no_step(surfaces: dict[str, Surface]) -> None:
+    surface = surfaces["checkpoint-lorac-ipc-entries"]
+    tensors = safetensors.torch.load(surface.seeds[0])
+    steps = [name for name in tensors if name.endswith(".steps")]
+    assert steps
+    for name in steps:
+        tensors[name].fill_(-1)
+        for part in ("mean", "uncertainty"):
+            tensors[name.replace("steps", part)] = torch.zeros(0)
+    with pytest.raises(ValueError, match=r"^\[state\] importance.*after -1 steps"):
+        surface.read(safetensors.torch.save(tensors))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 4)])
+def test_weights_of_modules_of_another_shape(
+    surfaces: dict[str, Surface], shape: tuple[int, ...]
+) -> None:
+    omegas = {
+        name: lambda t: torch.ones(shape)
+        for name in safetensors.torch.load(surfaces["state-lorac-ipc"].seeds[0])
+        if name.endswith(".omega")
+    }
+    assert omegas
+    content = changed_state(surfaces, "lorac-ipc", **omegas)
+    with pytest.raises(ValueError, match=r"^\[state\] omega: expected \(blocks, types, modules"):
         surfaces["state-lorac-ipc"].read(content)
 
 
@@ -421,6 +450,7 @@ def test_damaged_events_are_left_out(tmp_path: Path, line: str) -> None:
     [
         ("labels", lambda t: t[:-1]),
         ("labels", lambda t: t.double()),
+        ("labels", lambda t: t.bfloat16()),
         ("predictions", lambda t: t.reshape(1, -1)),
         ("confidences", lambda t: t[:-1]),
     ],
@@ -431,6 +461,6 @@ def test_predictions_that_do_not_fit_each_other(
     surface = surfaces["predictions.safetensors"]
     tensors = safetensors.torch.load(surface.seeds[0])
     tensors[f"task_1.{name}"] = change(tensors[f"task_1.{name}"]).clone()
-    with pytest.raises(ValueError, match=r"^\[report\] expected labels and predictions"):
+    with pytest.raises(ValueError, match=r"^\[report\] expected (labels and|a safetensors)"):
         surface.read(safetensors.torch.save(tensors))
     assert compare([folder / "ntk-cl finished"])  # which has its own again
