@@ -141,12 +141,29 @@ tidy: build  ## clang-tidy over our C++ (20 s a file; apt package clang-tidy)
 	run-clang-tidy -quiet -p $(BUILD) -j $(NTKCL_JOBS) '/csrc/.*\.cpp$$' 2>&1 \
 	  | sed -E '/^(clang-tidy-|[0-9]+ warnings generated)/d'
 
+SANITIZED := cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+  -DNTKCL_BUILD_TESTS=ON -DNTKCL_WITH_CUDA=OFF -DNTKCL_PCH=$(NTKCL_PCH) \
+  -DNTKCL_SANITIZE=address,undefined && cmake --build build/sanitize --target
+
 .PHONY: sanitize
 sanitize: setup  ## Catch2 tests under the address and undefined-behaviour sanitizers
-	cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DNTKCL_BUILD_TESTS=ON \
-	  -DNTKCL_WITH_CUDA=OFF -DNTKCL_SANITIZE=address,undefined
-	cmake --build build/sanitize --target ntkcl_tests
+	$(SANITIZED) ntkcl_tests
 	build/sanitize/tests/cpp/ntkcl_tests
+
+# Python has no sanitizer's runtime: it is loaded before, with the C++ one whose exceptions it
+# watches. What Python keeps until its end is no leak. One allocation of 2 GiB is too much.
+FUZZ_INPUTS ?= 100000
+FUZZ_SEED ?= 0
+FUZZ_FLAGS ?=
+.PHONY: fuzz
+fuzz: setup  ## Hostile files under the same sanitizers (FUZZ_INPUTS, FUZZ_SEED, FUZZ_FLAGS)
+	$(SANITIZED) _C
+	runtime() { realpath "$$(c++ -print-file-name=$$1)"; }; \
+	LD_PRELOAD="$$(runtime libasan.so) $$(runtime libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:max_allocation_size_mb=2048:quarantine_size_mb=64 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=1 \
+	$(PY) tests/python/fuzz.py --core build/sanitize/csrc --inputs $(FUZZ_INPUTS) \
+	  --seed $(FUZZ_SEED) $(FUZZ_FLAGS)
 
 .PHONY: clean
 clean:  ## Remove build products; the virtual environment stays

@@ -88,7 +88,13 @@ OptionMap option_map(const py::dict& values, const std::string& where) {
   OptionMap map;
   for (const auto& [key, value] : values) {
     const auto name = key.cast<std::string>();
-    map.emplace(name, option_value(value, name, where));
+    try {
+      map.emplace(name, option_value(value, name, where));
+    } catch (const py::cast_error&) {
+      NTKCL_FAIL(ValueError, where, "'", name,
+                 "': expected whole numbers of 64 bits, or text, got ",
+                 py::repr(value).cast<std::string>().substr(0, 80));
+    }
   }
   return map;
 }

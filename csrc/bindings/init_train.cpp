@@ -136,7 +136,7 @@ train::Checkpoint checkpoint_of(const py::dict& dict) {
       value = progress[key].cast<Value>();
     } catch (const py::cast_error&) {
       NTKCL_FAIL(ValueError, "resume", "'", key, "': expected another kind of value, got ",
-                 py::repr(progress[key]).cast<std::string>());
+                 py::repr(progress[key]).cast<std::string>().substr(0, 80));
     }
   };
   checkpoint.progress.visit(read);

@@ -34,6 +34,6 @@ target_compile_options(ntkcl_flags INTERFACE
   $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${NTKCL_WERROR}>>:-Werror>)
 if(NTKCL_SANITIZE)
   target_compile_options(ntkcl_flags INTERFACE
-    -fsanitize=${NTKCL_SANITIZE} -O1 -g -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS)
+    -fsanitize=${NTKCL_SANITIZE} -O1 -g1 -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS)
   target_link_options(ntkcl_flags INTERFACE -fsanitize=${NTKCL_SANITIZE})
 endif()

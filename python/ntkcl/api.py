@@ -296,13 +296,13 @@ def _check_environment(config: Config, now: Mapping[str, Any], begun: Mapping[st
         if now[key] != begun.get(key):
             raise ValueError(
                 f"[resume] expected the {what} that the run was begun with ({key} "
-                f"{begun.get(key)}), got others ({now[key]})"
+                f"{begun.get(key)!s:.80}), got others ({now[key]})"
             )
     may_round = ("ntkcl", "torch", "cpu", "gpu", "ranks")
     for key in (*may_round, *(["threads"] if config.threads == 0 else [])):
         if now[key] != begun.get(key):
             logger.warning(
-                "[resume] %s: %s, the run was begun with %s: the result may differ from an "
+                "[resume] %s: %s, the run was begun with %.80s: the result may differ from an "
                 "uninterrupted run's in the last bits",
                 *(key, now[key], begun.get(key)),
             )
@@ -320,7 +320,7 @@ def _prepare(config: Config, call: _Call) -> tuple[_C.Trainer, dict[str, Any]]:
     weights = load_backbone(config.backbone, config.weights)
     order = _class_order(config, len(dataset.class_names))
     return (
-        _make_trainer(config, dataset, weights, order, call.ranks),
+        _make_trainer(config, dataset, weights, order, call.ranks.group),
         _environment(weights, dataset, order, call.ranks),
     )
 
@@ -368,7 +368,11 @@ def _run(
 
 
 def _make_trainer(
-    config: Config, dataset: Dataset, weights: Weights, class_order: list[int], ranks: Ranks
+    config: Config,
+    dataset: Dataset,
+    weights: Weights,
+    class_order: list[int],
+    group: str | None = None,
 ) -> _C.Trainer:
     backbone = backbone_info(config.backbone)
     transformer = _C.VisionTransformer(weights.tensors, backbone.heads, config.image_size)
@@ -385,7 +389,7 @@ def _make_trainer(
         config.transform_options(),
         config.loader_options(),
         *config.mean_std(),
-        group=ranks.group,
+        group=group,
     )
 
 

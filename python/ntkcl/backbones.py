@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ntkcl.names import did_you_mean
+from ntkcl.names import did_you_mean, shown
 
 DEFAULT_BACKBONE = "vit_formula_patch8_32"
 _HALF = (0.5, 0.5, 0.5)
@@ -121,7 +121,13 @@ def load_backbone(
     """
     info = backbone_info(name)
     path = _find(info) if weights is None else _given(weights)
-    tensors = {key: tensor.to(dtype) for key, tensor in remap_keys(_read(path)).items()}
+    read = remap_keys(_read(path))
+    if wrong := [key for key, tensor in read.items() if not tensor.is_floating_point()]:
+        raise ValueError(
+            f"[weights] {shown(wrong[0])}: expected a floating point tensor, got "
+            f"{read[wrong[0]].dtype} in '{path}'"
+        )
+    tensors = {key: tensor.to(dtype) for key, tensor in read.items()}
     _check_size(info, tensors, path)
     return Weights(tensors, path, sha256_of(path))
 
@@ -179,7 +185,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"[weights] '{path}' is not a safetensors file: {error}") from None
+        raise ValueError(f"[weights] '{path}' is not a safetensors file: {error!s:.200}") from None
 
 
 def _check_size(info: Backbone, tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -23,12 +23,14 @@ import torch
 
 from ntkcl import _C
 from ntkcl.files import (
+    read_object,
     read_tensors,
     remove_temporaries,
     safetensors_bytes,
     sync_folder,
     write_atomically,
 )
+from ntkcl.names import shown
 
 logger = logging.getLogger("ntkcl")
 
@@ -159,16 +161,17 @@ class Checkpoints:
 
     def _read_manifest(self, path: Path) -> _Manifest:
         try:
-            found = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise _DamagedError(f"'{path}' is damaged: {error}") from None
-        if not isinstance(found, dict) or found.get("sha256") != _checksum(found):
+            found = read_object(path)
+        except ValueError as damage:
+            raise _DamagedError(str(damage)) from None
+        if found.get("sha256") != _checksum(found):
             raise _DamagedError(f"'{path}' is damaged: its checksum does not fit")
         if found.get("format") != FORMAT:
             raise ValueError(
-                f"[checkpoint] '{path}': expected format {FORMAT}, got {found.get('format')}, "
-                f"written by ntkcl {found.get('ntkcl')}: finish the run with that version, or "
-                f"remove '{self.folder}' to begin it anew with this one"
+                f"[checkpoint] '{path}': expected format {FORMAT}, "
+                f"got {shown(found.get('format'))}, written by ntkcl {shown(found.get('ntkcl'))}: "
+                f"finish the run with that version, or remove '{self.folder}' to begin it anew "
+                "with this one"
             )
         try:
             return _Manifest.model_validate(found)

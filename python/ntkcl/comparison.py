@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from safetensors.numpy import load_file
 
 from ntkcl import _C
 from ntkcl.config import PLACE_KEYS, Config, cautions
+from ntkcl.files import read_object
+from ntkcl.names import shown
 from ntkcl.result import Result, load_result
 from ntkcl.runfolder import RunFolder
 
@@ -274,14 +276,26 @@ def _read(folder: Path) -> Run:
         result = load_result(folder)
         environment: dict[str, Any] = {}
         if (folder / "environment.json").is_file():
-            environment = json.loads((folder / "environment.json").read_bytes())
-        confusion, ece = _of_predictions(folder, result, len(environment.get("classes") or ()))
+            environment = _read_environment(folder / "environment.json")
+        classes = environment.get("classes") or []
+        confusion, ece = _of_predictions(folder, result, len(classes))
     except KeyError as error:
         raise ValueError(f"[report] expected {error} in '{folder / 'result.json'}'") from None
     except (ValueError, TypeError) as error:
         error.add_note(f"in the run '{folder}'")
         raise
     return Run(folder, result, environment, confusion, ece)
+
+
+def _read_environment(file: Path) -> dict[str, Any]:
+    try:
+        environment = read_object(file)
+    except ValueError as damage:
+        raise ValueError(f"[report] {damage}") from None
+    classes = environment.get("classes") or []
+    if not isinstance(classes, list):
+        raise ValueError(f"[report] '{file}': expected names of classes, got {shown(classes)}")
+    return environment
 
 
 def _of_predictions(
@@ -295,21 +309,36 @@ def _of_predictions(
         return np.full((tasks, tasks), math.nan), math.nan
     try:
         tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"[report] expected a safetensors file, got '{file}': {error}") from None
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        # The last ones of types that numpy does not have.
+        raise ValueError(
+            f"[report] expected a safetensors file, got '{file}': {error!s:.200}"
+        ) from None
     config = result.config
     sizes = _C.split_classes(classes, config.initial_classes, config.increment)[:tasks]
     names = ("labels", "predictions", "confidences")
     labels, predictions, confidences = (tensors.get(f"task_{tasks - 1}.{name}") for name in names)
-    for given in (labels, predictions):
-        if given is None or (len(given) and not 0 <= given.min() <= given.max() < sum(sizes)):
-            raise ValueError(
-                f"[report] expected labels and predictions of {sum(sizes)} classes in {tasks} "
-                f"tasks, got others in '{file}'"
-            )
-    assert labels is not None and predictions is not None
+    if (
+        not _are_classes(labels, sum(sizes))
+        or not _are_classes(predictions, sum(sizes))
+        or labels.shape != predictions.shape
+        or (confidences is not None and confidences.shape != labels.shape)
+        or (confidences is not None and confidences.dtype.kind != "f")
+    ):
+        raise ValueError(
+            f"[report] expected labels and predictions of {sum(sizes)} classes in {tasks} "
+            f"tasks, got others in '{file}'"
+        )
     ece = math.nan if confidences is None else calibration_error(labels, predictions, confidences)
     return task_confusion(labels, predictions, sizes), ece
+
+
+def _are_classes(given: NDArray[Any] | None, classes: int) -> TypeGuard[NDArray[np.int64]]:
+    return (
+        given is not None
+        and (given.ndim, given.dtype.kind) == (1, "i")
+        and (not len(given) or 0 <= given.min() <= given.max() < classes)
+    )
 
 
 # ---- what is the same and what differs -----------------------------------------------------------

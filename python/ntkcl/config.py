@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ntkcl import _C, presets
 from ntkcl.backbones import DEFAULT_BACKBONE, backbone_info, list_backbones
 from ntkcl.methods import registered
-from ntkcl.names import did_you_mean
+from ntkcl.names import did_you_mean, shown
 
 ARRAYS = "arrays"  # the value of `dataset` that stands for arrays in memory
 # Keys of places, of what is shown and of the loader's speed: a result depends on none of them.
@@ -217,8 +217,8 @@ def resolve(
     _check_sections(given, method)
     if given.get("seeds") is not None and "seed" in given:
         raise ValueError(
-            f"[config] 'seeds': expected either seeds or a seed, got {_shown(given['seeds'])} and "
-            f"seed {_shown(given['seed'])}"
+            f"[config] 'seeds': expected either seeds or a seed, got {shown(given['seeds'])} and "
+            f"seed {shown(given['seed'])}"
         )
 
     backbone = _select(chosen, "backbone", list_backbones())
@@ -268,8 +268,8 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"[config] expected a TOML file, got '{path}': no such file")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"[config] '{path}' is not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # too many digits, too deep: also no TOML
+        raise ValueError(f"[config] '{path}' is not valid TOML: {error!s:.200}") from None
 
 
 def to_toml(config: Config) -> str:
@@ -381,7 +381,7 @@ def _validate(values: dict[str, Any], method: str) -> Config:
         problems = {_key_of(item["loc"], known): item for item in reversed(error.errors())}
         wrong_type = any(_is_type_error(item["type"]) for item in problems.values())
         text = "; ".join(
-            f"'{key}': expected {_expected(known[key])}, got {_shown(_lookup(values, key))}"
+            f"'{key}': expected {_expected(known[key])}, got {shown(_lookup(values, key))}"
             for key in reversed(problems)
         )
     raise (TypeError if wrong_type else ValueError)(f"[config] {text}")
@@ -404,11 +404,6 @@ def _expected(option: Option) -> str:
     return f"{option.type} {option.allowed}".strip()
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _check_known(given: Mapping[str, Any]) -> None:
     known = [option.key for option in options()]
     for key in given:
@@ -424,7 +419,7 @@ def _select(values: Mapping[str, Any], key: str, known: list[str] | None) -> Any
     if value is None and default is None:
         return None
     if not isinstance(value, str):
-        raise TypeError(f"[config] '{key}': expected str, got {_shown(value)}")
+        raise TypeError(f"[config] '{key}': expected str, got {shown(value)}")
     if known is not None and value not in known:
         raise ValueError(
             f"[config] '{key}': expected one of: {', '.join(known)}, got '{value}'"
@@ -460,7 +455,7 @@ def _check_combinations(config: Config) -> None:
         )
     seeds = [config.seed] if config.seeds is None else config.seeds
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"[config] 'seeds': expected one or more, each once, got {_shown(seeds)}")
+        raise ValueError(f"[config] 'seeds': expected one or more, each once, got {shown(seeds)}")
     order = config.class_order
     if order == "seed" and config.class_order_seed is None and max(seeds) >= 2**32:
         raise ValueError(
@@ -470,7 +465,7 @@ def _check_combinations(config: Config) -> None:
     if isinstance(order, list) and sorted(order) != list(range(len(order))):
         raise ValueError(
             f"[config] 'class_order': expected each of 0 ... {max(len(order) - 1, 0)} once, "
-            f"got {_shown(order)}"
+            f"got {shown(order)}"
         )
 
 
@@ -482,7 +477,7 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
         if key in sections:
             if not isinstance(value, Mapping):
                 raise TypeError(
-                    f"[config] '{key}': expected a table of options, got {_shown(value)}"
+                    f"[config] '{key}': expected a table of options, got {shown(value)}"
                 )
             pairs = {f"{key}.{inner}": plain_value(v) for inner, v in value.items()}
         else:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+
+from ntkcl.names import shown
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -41,6 +45,17 @@ def remove_temporaries(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; ValueError for any other content."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"'{path}' is damaged: expected an object, got {shown(found)}")
+    return found
+
+
 def read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file of this checksum; ValueError for any other content."""
     content = path.read_bytes()
@@ -49,7 +64,7 @@ def read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(content)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"'{path}' is damaged: {error}") from None
+        raise ValueError(f"'{path}' is damaged: {error!s:.200}") from None
 
 
 def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:

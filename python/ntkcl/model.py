@@ -13,7 +13,6 @@ A folder holds a model if these files are in it; a finished run's does.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -31,8 +30,9 @@ from ntkcl.backbones import Weights, backbone_info, load_backbone
 from ntkcl.config import Config, options, resolve, to_toml
 from ntkcl.datasets import load_dataset
 from ntkcl.datasets.loose_images import Images, image_stores, one_store
-from ntkcl.files import read_tensors, safetensors_bytes, write_atomically
+from ntkcl.files import read_object, read_tensors, safetensors_bytes, write_atomically
 from ntkcl.methods import core_method
+from ntkcl.names import shown
 from ntkcl.progress import make_progress
 from ntkcl.result import Evaluation
 
@@ -263,6 +263,11 @@ class Model:
 
     def _scores(self, store: _C.ImageStore) -> tuple[torch.Tensor, torch.Tensor | None]:
         scores, tasks = self._predictor.scores(store)
+        if scores.shape[1] < len(self.classes):
+            raise ValueError(
+                f"[load] expected a state of {len(self.classes)} classes, got one of "
+                f"{scores.shape[1]} in '{self._folder}'"
+            )
         return scores[:, : len(self.classes)].float(), tasks
 
     def _transformer(self) -> _C.VisionTransformer:
@@ -338,8 +343,8 @@ def load(
     found = load_backbone(config.backbone, chosen)
     if found.sha256 != about.weights_sha256:
         raise ValueError(
-            f"[load] expected the backbone of SHA-256 {about.weights_sha256}, got '{found.path}' "
-            f"of {found.sha256}; give weights=<safetensors file>"
+            f"[load] expected the backbone of SHA-256 {about.weights_sha256:.80}, got "
+            f"'{found.path}' of {found.sha256}; give weights=<safetensors file>"
         )
     state = _read_state(path / "state.safetensors", about.state_sha256)
     return Model(config, about.classes, about.task_sizes, found, state, path)
@@ -375,14 +380,15 @@ def _read_about(path: Path) -> ModelFile:
         hint = "; finish it with `ntkcl resume`" if (path / "config.toml").is_file() else ""
         raise FileNotFoundError(f"[load] expected a trained model, got no {file}{hint}")
     try:
-        raw = json.loads(file.read_bytes())
-        if isinstance(raw, dict) and raw.get("format") != FORMAT:
-            raise ValueError(f"[load] '{file}': expected format {FORMAT}, got {raw.get('format')}")
+        raw = read_object(file)
+        if raw.get("format") != FORMAT:
+            got = shown(raw.get("format"))
+            raise ValueError(f"'{file}': expected format {FORMAT}, got {got}")
         about = ModelFile.model_validate(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"[load] '{file}' is damaged: {error}") from None
     except pydantic.ValidationError as error:
         raise ValueError(f"[load] '{file}' is damaged: {error.errors()[0]['msg']}") from None
+    except ValueError as damage:
+        raise ValueError(f"[load] {damage}") from None
     if len(set(about.classes)) != len(about.classes) or sum(about.task_sizes) != len(about.classes):
         raise ValueError(f"[load] '{file}': expected tasks of {len(about.classes)} classes in all")
     return about

@@ -1,9 +1,16 @@
-"""The known name that a misspelt one most likely means."""
+"""What messages say of names and values: the name that was most likely meant, a value in short."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, shortened."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import numpy as np
+import pydantic
 from numpy.typing import NDArray
 
 from ntkcl.config import Config, cautions, resolve
+from ntkcl.files import read_object
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -258,22 +260,59 @@ def load_result(folder: str | os.PathLike[str]) -> Result:
 
     Raises:
       FileNotFoundError: no such folder, or its run did not finish.
+      ValueError: result.json is damaged.
     """
     path = Path(folder).expanduser()
     file = path / "result.json"
     if not file.is_file():
         raise FileNotFoundError(f"[load_result] expected a finished run in '{path}', got no {file}")
-    raw = json.loads(file.read_text(encoding="utf-8"))
-    return result_of(_with_nan(raw), path, resolve(file=path / "config.toml"))
+    try:
+        raw = _ResultFile.model_validate(read_object(file)).model_dump()
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"[load_result] '{file}' is damaged: '{key}': {first['msg']}") from None
+    except ValueError as damage:
+        raise ValueError(f"[load_result] {damage}") from None
+    rows = [evaluation["per_task"] for evaluation in raw["evaluations"]]
+    tasks = len(rows)
+    triangle = all(len(row) == task + 1 for task, row in enumerate(rows))
+    if not tasks or not triangle or [len(row) for row in raw["accuracy_matrix"]] != [tasks] * tasks:
+        raise ValueError(
+            f"[load_result] '{file}' is damaged: expected an evaluation and a row after each of "
+            f"{tasks} tasks"
+        )
+    return result_of(raw, path, resolve(file=path / "config.toml"))
 
 
-def _with_nan(value: Any) -> Any:
-    """result.json has null where a number is undefined."""
-    if value is None:
-        return math.nan
-    if isinstance(value, dict):
-        return {key: _with_nan(inner) for key, inner in value.items()}
-    return [_with_nan(inner) for inner in value] if isinstance(value, list) else value
+def _numbers_of(kind: type) -> dict[str, Any]:
+    """The fields of a result that are one number, for pydantic."""
+    kinds = {"int": int, "float": _Number}
+    return {
+        field.name: (kinds[field.type], ...)
+        for field in dataclasses.fields(kind)
+        if field.type in kinds
+    }
+
+
+# result.json, which has null where a number is undefined.
+_Number = Annotated[
+    float, pydantic.BeforeValidator(lambda value: math.nan if value is None else value)
+]
+_STRICT = pydantic.ConfigDict(strict=True)
+_EvaluationFile = pydantic.create_model(
+    "_EvaluationFile",
+    __config__=_STRICT,
+    per_task=(list[_Number], ...),
+    **_numbers_of(Evaluation),
+)
+_ResultFile = pydantic.create_model(
+    "_ResultFile",
+    __config__=_STRICT,
+    accuracy_matrix=(list[list[_Number]], ...),
+    evaluations=(list[_EvaluationFile], ...),  # type: ignore[valid-type]
+    **_numbers_of(Result),
+)
 
 
 def percent(value: float, deviation: float = math.nan) -> str:

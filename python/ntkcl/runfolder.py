@@ -32,8 +32,15 @@ import torch
 
 from ntkcl.checkpoints import Checkpoints
 from ntkcl.config import PLACE_KEYS, Config, resolve, to_toml
-from ntkcl.files import remove_temporaries, safetensors_bytes, sync_folder, write_atomically
+from ntkcl.files import (
+    read_object,
+    remove_temporaries,
+    safetensors_bytes,
+    sync_folder,
+    write_atomically,
+)
 from ntkcl.model import write_model
+from ntkcl.names import shown
 from ntkcl.result import Result
 
 logger = logging.getLogger("ntkcl")
@@ -110,11 +117,15 @@ class RunFolder:
         """What `begin` was given."""
         file = self.path / "environment.json"
         try:
-            found = json.loads(file.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"[resume] '{file}' is damaged: {error}") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"[resume] '{file}' is damaged: expected an object")
+            found = read_object(file)
+        except ValueError as damage:
+            raise ValueError(f"[resume] {damage}") from None
+        # The finished run writes these into its model.
+        classes, weights = found.get("classes"), found.get("weights_sha256")
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"[resume] '{file}': expected names of classes, got {shown(classes)}")
+        if not isinstance(weights, str):
+            raise ValueError(f"[resume] '{file}': expected a checksum, got {shown(weights)}")
         return found
 
     def begin(self, config: Config, environment: Mapping[str, Any]) -> None:
@@ -141,8 +152,9 @@ class RunFolder:
         for line in content[: content.rfind(b"\n") + 1].splitlines():
             try:
                 self._note(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 logger.warning("[resume] '%s': a line is damaged: %.80s", self._log.name, line)
+        self._tasks = 0  # the trainer tells it again
         self._log.seek(0, os.SEEK_END)
 
     def record(self, event: Mapping[str, Any]) -> None:
@@ -219,7 +231,7 @@ class RunFolder:
         if event["event"] in ("run_begin", "resume"):
             self._tasks = event["tasks"]
         elif event["event"] == "evaluation":
-            self._rows.append([math.nan if v is None else v for v in event["per_task"]])
+            self._rows.append([math.nan if v is None else float(v) for v in event["per_task"]])
         return bool(event["event"] == "evaluation")
 
     def _write_matrix(self, rows: Iterable[Sequence[float]], tasks: int) -> None:

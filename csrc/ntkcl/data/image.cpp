@@ -17,7 +17,12 @@ struct Header {
   int64_t height = 0;
   int64_t width = 0;
   bool grey16 = false;
+  int64_t bits = 0;  // of a row before it is deflated, if it is
 };
+
+bool has_allowed_size(const Header& header) {
+  return header.height > 0 && header.width > 0 && header.height <= kMaxPixels / header.width;
+}
 
 template <class... Args>
 [[noreturn]] void fail(const std::string& name, const Args&... args) {
@@ -119,7 +124,10 @@ Header read_png(Bytes bytes, const std::string& name) {
     if (starts_with(bytes, "IHDR", at + 4) && length == 13) {
       header.width = big_endian(&bytes[at + 8], 4);
       header.height = big_endian(&bytes[at + 12], 4);
-      header.grey16 = bytes[at + 16] == 16 && bytes[at + 17] == 0;
+      const int64_t depth = bytes[at + 16], colour = bytes[at + 17];
+      header.grey16 = depth == 16 && colour == 0;
+      const int64_t channels = colour == 2 ? 3 : colour == 4 ? 2 : colour == 6 ? 4 : 1;
+      header.bits = header.width * depth * channels;
     }
     if (starts_with(bytes, "IEND", at + 4)) {
       return header;
@@ -144,6 +152,9 @@ Header read_bmp(Bytes bytes, const std::string& name) {
   if (!core && bytes.size() < 34) {
     fail_truncated(name, "BMP");
   }
+  if (!has_allowed_size(header)) {
+    return header;  // the product below could overflow
+  }
   const int64_t bits = little_endian(sizes + 2 * field + 2, 2);
   const bool run_length = !core && (bytes[30] == 1 || bytes[30] == 2);
   const int64_t needed = run_length ? 0 : (header.width * bits + 31) / 32 * 4 * header.height;
@@ -158,7 +169,7 @@ Header read_webp(Bytes bytes, const std::string& name) {
   if (little_endian(&bytes[4], 4) + 8 > static_cast<int64_t>(bytes.size())) {
     fail_truncated(name, "WebP");
   }
-  return {1, 1, false};
+  return {1, 1};
 }
 
 Header read_header(Bytes bytes, const std::string& name) {
@@ -203,10 +214,14 @@ cv::Mat decode_pixels(Bytes bytes, int flags, const std::string& name) {
 
 Image decode_image(std::span<const uint8_t> encoded, const std::string& name) {
   const Header header = read_header(encoded, name);
-  if (header.height <= 0 || header.width <= 0 || header.height > kMaxPixels / header.width ||
-      encoded.size() > static_cast<size_t>(INT32_MAX)) {
+  if (!has_allowed_size(header) || encoded.size() > static_cast<size_t>(kMaxEncodedBytes)) {
     fail(name, "expected 1 to ", kMaxPixels, " pixels in at most 2 GiB, got ", header.height, "x",
          header.width, " in ", encoded.size(), " bytes");
+  }
+  // A few bytes that claim a large image: nothing is allocated for it.
+  if (header.bits / 8 * header.height / kDeflateRatio > static_cast<int64_t>(encoded.size())) {
+    fail(name, "expected pixels that ", encoded.size(), " bytes can unpack to, got ", header.height,
+         "x", header.width);
   }
   use_one_opencv_thread();
   const int colours = header.grey16 ? cv::IMREAD_ANYDEPTH : cv::IMREAD_COLOR;

@@ -26,6 +26,9 @@ class CorruptImage : public ValueError {
 
 // Images of more pixels are refused before they are decoded (decompression bombs).
 inline constexpr int64_t kMaxPixels = int64_t{1} << 28;
+inline constexpr int64_t kMaxEncodedBytes = INT32_MAX;
+// What deflate can make of a byte at most: a size that is claimed beyond it is none.
+inline constexpr int64_t kDeflateRatio = 1032;
 
 // Decodes JPEG, PNG, BMP or WebP to the pixels that Pillow's `convert("RGB")` gives: grey is
 // repeated, a palette looked up, alpha dropped, 16-bit colour cut to its high byte, 16-bit grey

@@ -31,7 +31,9 @@ struct Descriptor {
 class InputFile {
  public:
   explicit InputFile(std::string path)
-      : path_(std::move(path)), descriptor_(::open(path_.c_str(), O_RDONLY | O_CLOEXEC)) {
+      // A pipe without a writer would be waited for.
+      : path_(std::move(path)),
+        descriptor_(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
     if (descriptor_.value < 0 && (errno == ENOENT || errno == ENOTDIR)) {
       NTKCL_FAIL(FileNotFound, "ImageStore", "expected a file, got nothing at ", path_);
     }
@@ -93,6 +95,10 @@ class FileStore final : public ImageStore {
 
   Image do_load(int64_t index) const override {
     const InputFile file(paths_[index]);
+    if (file.size() > kMaxEncodedBytes) {
+      NTKCL_FAIL(data::CorruptImage, "ImageStore", paths_[index], ": expected an image of at most ",
+                 kMaxEncodedBytes, " bytes, got ", file.size());
+    }
     return decode_image(file.read(0, file.size()), paths_[index]);
   }
 
@@ -102,7 +108,6 @@ class FileStore final : public ImageStore {
 constexpr int64_t kLocalHeader = 30;  // bytes before the name
 constexpr int64_t kStored = 0;
 constexpr int64_t kDeflate = 8;
-constexpr int64_t kLargestRatio = 1032;  // of deflate
 
 std::vector<uint8_t> inflate_raw(const std::vector<uint8_t>& packed, int64_t size,
                                  const std::string& name) {
@@ -158,9 +163,10 @@ class ZipStore final : public ImageStore {
                 entry.compressed_size, " bytes at ", entry.offset, " of ", file_.size());
     const bool plausible = entry.method == kStored
                                ? entry.size == entry.compressed_size
-                               : entry.size / kLargestRatio <= entry.compressed_size;
-    NTKCL_CHECK(plausible && entry.size <= INT32_MAX, where, described, ": expected a size that ",
-                entry.compressed_size, " bytes can unpack to, got ", entry.size);
+                               : entry.size / kDeflateRatio <= entry.compressed_size;
+    NTKCL_CHECK(plausible && entry.size <= kMaxEncodedBytes, where, described,
+                ": expected a size that ", entry.compressed_size, " bytes can unpack to, got ",
+                entry.size);
   }
 
   std::vector<uint8_t> read(const ZipEntry& entry, const std::string& name) const {

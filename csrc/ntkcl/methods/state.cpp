@@ -14,13 +14,14 @@ namespace {
 void check(const State& known, const State& given, const LoadOptions& options) {
   for (const auto& [name, tensor] : given) {
     const auto found = known.find(name);
-    NTKCL_CHECK(found != known.end(), "state", "unknown tensor '", name, "'");
+    NTKCL_CHECK(found != known.end(), "state", "unknown tensor '", name.substr(0, 100), "'");
     NTKCL_CHECK(!options.same_sizes || found->second.sizes() == tensor.sizes(), "state", name,
                 ": expected ", found->second.sizes(), ", got ", tensor.sizes());
     const auto expected = found->second.scalar_type(), type = tensor.scalar_type();
     const bool converts = at::isFloatingType(expected) == at::isFloatingType(type);
     NTKCL_CHECK(expected == type || (converts && !options.same_types), "state", name, ": expected ",
                 expected, ", got ", type);
+    NTKCL_CHECK(!tensor.isnan().any().item<bool>(), "state", name, ": expected numbers, got NaN");
   }
   for (const auto& [name, tensor] : known) {
     NTKCL_CHECK(!options.whole || given.count(name), "state", "expected a tensor '", name,

@@ -29,7 +29,8 @@ struct LoadOptions {
   bool same_types = true;   // so is one of another type; else it is converted
   bool same_sizes = false;  // so is one of another size; else it takes the place of the old one
 };
-// Copies `state` into the tensors. ValueError for unknown names, before anything is changed.
+// Copies `state` into the tensors. ValueError for unknown names and for NaN, before anything is
+// changed.
 void load_state(const VisitFn& visit, const State& state, const LoadOptions& options);
 
 }  // namespace ntkcl::methods

@@ -58,12 +58,15 @@ int64_t count_blocks(const TensorMap& weights) {
   return depth;
 }
 
+// The first of the lines, and of each what a reader can take in.
 std::string join(const std::vector<std::string>& lines) {
+  constexpr size_t kLines = 20, kColumns = 200;
   std::string text;
-  for (const std::string& line : lines) {
-    text += "\n  " + line;
+  for (size_t i = 0; i < std::min(lines.size(), kLines); ++i) {
+    text += "\n  " + lines[i].substr(0, kColumns);
   }
-  return text;
+  const size_t more = lines.size() - std::min(lines.size(), kLines);
+  return more ? text + "\n  and " + std::to_string(more) + " more" : text;
 }
 
 // Each key missing, unexpected or of another shape, one a line.
@@ -137,8 +140,9 @@ VisionTransformer::VisionTransformer(const TensorMap& weights, int64_t heads, in
   const at::Tensor& patch = need(weights, "patch_embed.proj.weight");
   const at::Tensor& position = need(weights, "pos_embed");
   const at::Tensor& fc1 = need(weights, "blocks.0.mlp.fc1.weight");
-  NTKCL_CHECK(patch.dim() == 4 && patch.size(1) == 3 && patch.size(2) == patch.size(3), kWhere,
-              "patch_embed.proj.weight: expected (C, 3, p, p), got ", patch.sizes());
+  NTKCL_CHECK(
+      patch.dim() == 4 && patch.size(1) == 3 && patch.size(2) == patch.size(3) && patch.numel() > 0,
+      kWhere, "patch_embed.proj.weight: expected (C, 3, p, p), got ", patch.sizes());
   NTKCL_CHECK(position.dim() == 3 && position.size(1) >= 2, kWhere,
               "pos_embed: expected (1, tokens, C) with a class token, got ", position.sizes());
   NTKCL_CHECK(fc1.dim() == 2, kWhere, "blocks.0.mlp.fc1.weight: expected 2 dimensions, got ",

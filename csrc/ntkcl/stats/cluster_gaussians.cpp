@@ -59,7 +59,12 @@ ClusterGaussians::Cluster ClusterGaussians::derive(const at::Tensor& mean,
   cluster.scale = (variance + cluster.delta).sqrt();
   at::Tensor gram = at::mm(factor, factor.t());
   gram.diagonal().add_(cluster.delta);
-  cluster.cholesky = at::linalg_cholesky(gram);
+  const auto [cholesky, info] = at::linalg_cholesky_ex(gram);
+  if (info.item<int64_t>() != 0 || !cholesky.isfinite().all().item<bool>()) {
+    NTKCL_FAIL(NumericalError, kWhere, "expected finite features, got a cluster whose covariance ",
+               "is not finite and positive definite");
+  }
+  cluster.cholesky = cholesky;
   cluster.factor = factor;
   return cluster;
 }
@@ -130,13 +135,20 @@ void ClusterGaussians::visit_state(const std::string& prefix, const at::TensorOp
                   clusters.sum().item<int64_t>() == factor_rows.size(0) &&
                   factor_rows.sum().item<int64_t>() == factors.size(0),
               "state", "the tensors ", prefix, "* do not fit each other");
+  const auto of_state = [&](const at::Tensor& mean, const at::Tensor& factor) {
+    try {
+      return derive(mean, factor);
+    } catch (const NumericalError& error) {
+      NTKCL_FAIL(ValueError, "state", prefix, "*: ", error.what());
+    }
+  };
   classes_.clear();
   int64_t cluster = 0, row = 0;
   for (int64_t c = 0; c < clusters.size(0); ++c) {
     std::vector<Cluster> of_class;
     for (int64_t end = cluster + clusters[c].item<int64_t>(); cluster < end; ++cluster) {
       const auto count = factor_rows[cluster].item<int64_t>();
-      of_class.push_back(derive(means[cluster], factors.narrow(0, row, count)));
+      of_class.push_back(of_state(means[cluster], factors.narrow(0, row, count)));
       row += count;
     }
     classes_.push_back(std::move(of_class));

@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from ntkcl.datasets.listing import (
     bad_data,
     shortened,
 )
+from ntkcl.names import shown
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
@@ -46,7 +48,24 @@ def _images_in(class_folder: Path) -> Iterator[Item]:
             path = Path(folder, file)
             if is_image(file):
                 relative = path.relative_to(class_folder).as_posix()
-                yield Item(class_folder.name, relative, str(path.stat().st_size), str(path))
+                size = size_of(path, class_folder)
+                yield Item(class_folder.name, relative, size, str(path))
+
+
+def size_of(path: Path, listed_in: Path) -> str:
+    """Bytes of an image that a folder or a list names."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"[load_dataset] no image {path}, which {listed_in} lists"
+        ) from None
+    except (OSError, ValueError) as error:  # a circle of links, a name that no file can have
+        why = error.strerror if isinstance(error, OSError) else error
+        raise bad_data(f"{listed_in}: expected a file, got {str(path)!r:.300}: {why}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise bad_data(f"{listed_in}: expected a file, got {path}")
+    return str(status.st_size)
 
 
 def is_image(name: str) -> bool:
@@ -62,7 +81,7 @@ def zip_items(path: Path) -> Items:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
         raise bad_data(f"expected a zip file, got {path}: {error}") from None
     for entry in entries:
         _check_zip_entry(path, entry)
@@ -91,9 +110,13 @@ def zip_items(path: Path) -> Items:
 def _check_zip_entry(path: Path, entry: zipfile.ZipInfo) -> None:
     parts = re.split(r"[/\\]", entry.filename)
     if ".." in parts or parts[0] == "" or ":" in parts[0]:
-        raise bad_data(f"{path}: expected names inside the archive, got {entry.filename!r}")
+        raise bad_data(f"{path}: expected names inside the archive, got {shown(entry.filename)}")
     if entry.flag_bits & 1:
-        raise bad_data(f"{path}: expected an archive without a password, got {entry.filename!r}")
+        raise bad_data(
+            f"{path}: expected an archive without a password, got {shown(entry.filename)}"
+        )
+    if max(entry.file_size, entry.compress_size, entry.header_offset) >= 1 << 63:
+        raise bad_data(f"{path}: expected sizes of a file, got others of {shown(entry.filename)}")
 
 
 def _leading_folder(entries: Iterable[zipfile.ZipInfo]) -> int:

@@ -1,12 +1,12 @@
 """DomainNet: lists of paths and labels beside a folder per domain."""
 
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from ntkcl.datasets.class_folders import file_store
+from ntkcl.datasets.class_folders import file_store, size_of
 from ntkcl.datasets.listing import SPLITS, Dataset, Item, Items, Limits, assemble, bad_data
+from ntkcl.names import shown
 
 
 def domain_lists(root: Path) -> dict[str, list[Path]]:
@@ -29,16 +29,16 @@ def from_domain_lists(
             for listed, label in _read_list(file):
                 parts = PurePosixPath(listed).parts[-3:]  # domain / class / image
                 if len(parts) < 3 or ".." in parts:
-                    raise bad_data(f"{file}: expected <domain>/<class>/<image>, got {listed!r}")
+                    raise bad_data(
+                        f"{file}: expected <domain>/<class>/<image>, got {shown(listed)}"
+                    )
                 if class_of_label.setdefault(label, parts[1]) != parts[1]:
                     raise bad_data(
-                        f"{file}: expected one class per label, got '{class_of_label[label]}' and "
-                        f"'{parts[1]}' for {label}"
+                        f"{file}: expected one class per label, got {shown(class_of_label[label])} "
+                        f"and {shown(parts[1])} for {label}"
                     )
                 path = root.joinpath(*parts)
-                items[split].append(
-                    Item(parts[1], "/".join(parts), _size_of(path, file), str(path))
-                )
+                items[split].append(Item(parts[1], "/".join(parts), size_of(path, file), str(path)))
     labels = sorted(class_of_label)
     class_names = [class_of_label[label] for label in labels]
     if labels != list(range(len(labels))) or len(set(class_names)) < len(labels):
@@ -47,20 +47,11 @@ def from_domain_lists(
     return assemble(name, items, file_store, limits, class_names)
 
 
-def _size_of(path: Path, listed_in: Path) -> str:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"[load_dataset] no image {path}, which {listed_in} lists"
-        ) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise bad_data(f"{listed_in}: expected a file, got {path}")
-    return str(status.st_size)
-
-
 def _read_list(file: Path) -> Iterator[tuple[str, int]]:
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise bad_data(f"{file}: {error}") from None
     if file.suffix == ".txt":
         rows = [line.rsplit(maxsplit=1) for line in lines if line.strip()]
         if any(len(row) != 2 for row in rows):
@@ -69,10 +60,14 @@ def _read_list(file: Path) -> Iterator[tuple[str, int]]:
     else:
         columns = _read_yaml_lists(file, lines)
         paths, labels = columns.get("data", []), columns.get("targets", [])
-    if len(paths) != len(labels) or not all(label.isdecimal() for label in labels):
+    if len(paths) != len(labels) or not all(map(_is_number, labels)):
         raise bad_data(f"{file}: expected one label per path, got {len(paths)} paths and "
                      f"{len(labels)} labels")  # fmt: skip
     return zip(paths, map(int, labels), strict=True)
+
+
+def _is_number(label: str) -> bool:
+    return label.isascii() and label.isdecimal() and len(label) < 10
 
 
 def _read_yaml_lists(file: Path, lines: Iterable[str]) -> dict[str, list[str]]:
@@ -85,5 +80,5 @@ def _read_yaml_lists(file: Path, lines: Iterable[str]) -> dict[str, list[str]]:
         elif (match := re.fullmatch(r"\s*- +['\"]?(.*?)['\"]?\s*", line)) and current is not None:
             current.append(match[1])
         elif line.strip() and not line.startswith("#"):
-            raise bad_data(f"{file}: expected the lists 'data:' and 'targets:', got {line!r}")
+            raise bad_data(f"{file}: expected the lists 'data:' and 'targets:', got {shown(line)}")
     return columns

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ntkcl import _C
+from ntkcl.names import shown
 
 SPLITS = ("train", "test")
 FOLDER_LAYOUT = "train/<class>/*.jpg and test/<class>/*.jpg (or .jpeg, .png, .bmp, .webp)"
@@ -97,4 +98,4 @@ def _first_of_each_class(ordered: list[Item], limit: int | None) -> list[Item]:
 
 def shortened(names: Sequence[str], count: int = 5) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(repr(name) for name in names[:count]) + more
+    return ", ".join(shown(name) for name in names[:count]) + more

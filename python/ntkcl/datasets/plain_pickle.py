@@ -188,8 +188,10 @@ def loads(data: bytes) -> Any:
     try:
         return _Reader().read(data)
     except ValueError as error:
-        raise ValueError(f"[plain_pickle] {error}") from None
+        raise ValueError(f"[plain_pickle] {error!s:.200}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, struct.error) as error:
-        raise ValueError(f"[plain_pickle] expected a pickle, got something else: {error}") from None
+        raise ValueError(
+            f"[plain_pickle] expected a pickle, got something else: {error!s:.200}"
+        ) from None
     except RecursionError:
         raise ValueError("[plain_pickle] expected plain data, got a deep nesting") from None

@@ -85,9 +85,10 @@ void ImportanceAverage::visit_state(const std::string& prefix, const StateVisito
   NTKCL_CHECK(steps.numel() == 1, "state", prefix, "steps: expected one number, got ",
               steps.sizes());
   steps_ = steps.item<int64_t>();
-  NTKCL_CHECK(mean_.sizes() == uncertainty_.sizes() && (steps_ > 0) == (mean_.numel() > 0), "state",
-              prefix, "*: expected mean and uncertainty of one shape, empty after no step, got ",
-              mean_.sizes(), " and ", uncertainty_.sizes(), " after ", steps_, " steps");
+  NTKCL_CHECK(
+      mean_.sizes() == uncertainty_.sizes() && steps_ >= 0 && (steps_ > 0) == (mean_.numel() > 0),
+      "state", prefix, "*: expected mean and uncertainty of one shape, empty after no step, got ",
+      mean_.sizes(), " and ", uncertainty_.sizes(), " after ", steps_, " steps");
 }
 
 at::Tensor freeze_important(const at::Tensor& mask, const at::Tensor& score,

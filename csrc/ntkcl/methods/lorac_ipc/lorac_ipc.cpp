@@ -686,6 +686,9 @@ void LoracIpc::check_state() const {
     NTKCL_CHECK(tensor.sizes() == sizes, "state", name, ": expected ", sizes, ", got ",
                 tensor.sizes());
   };
+  const at::Tensor& omega = lora_.groups().front().omega;  // tells the number of modules
+  NTKCL_CHECK(omega.dim() == 3, "state", "omega: expected (blocks, types, modules), got ",
+              omega.sizes());
   const int64_t l = lora_.blocks(), r = options_.rank, t = lora_.modules(), c = vit_.width();
   const int64_t finished = task_sizes_.numel();
   for (size_t i = 0; i < lora_.groups().size(); ++i) {

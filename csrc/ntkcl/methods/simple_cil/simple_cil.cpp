@@ -37,6 +37,8 @@ Scores SimpleCil::scores(const at::Tensor& images) const {
 
 void SimpleCil::visit_state(const StateVisitor& visitor) {
   visitor("prototypes", prototypes_);
+  NTKCL_CHECK(prototypes_.dim() == 2 && prototypes_.size(1) == vit_.width(), "state",
+              "prototypes: expected (classes, ", vit_.width(), "), got ", prototypes_.sizes());
 }
 
 at::Tensor SimpleCil::features(const at::Tensor& images) const {
