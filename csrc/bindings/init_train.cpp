@@ -6,7 +6,6 @@
 
 #include "bindings.h"
 #include "ntkcl/core/error.h"
-#include "ntkcl/train/compute_setup.h"
 #include "ntkcl/train/predictor.h"
 #include "ntkcl/train/trainer.h"
 
@@ -89,7 +88,8 @@ std::unique_ptr<train::Trainer> make_trainer(
     const py::object& method, const py::dict& method_options, const py::dict& train_options,
     const nn::VisionTransformer& backbone, const py::dict& dataset, const py::dict& transform,
     const py::dict& loader, const std::vector<double>& mean, const std::vector<double>& std,
-    const std::optional<py::function>& draws, const std::optional<std::string>& group) {
+    const std::optional<py::function>& draws,
+    const std::optional<std::pair<std::string, std::string>>& group) {
   train::TrainOptions options;
   apply(option_map(train_options, "train"), options, "train");
   train::RunData data;
@@ -107,8 +107,7 @@ std::unique_ptr<train::Trainer> make_trainer(
   auto random = draws ? recorded_random(static_cast<uint64_t>(options.seed), *draws) : nullptr;
   const methods::MakeMethod make = maker_of(method, method_options);
   const py::gil_scoped_release release;
-  auto ranks =
-      group ? dist::process_group(*group, train::resolve_device(options.device)) : dist::single();
+  auto ranks = group ? dist::process_group(group->first, group->second) : dist::single();
   return std::make_unique<train::Trainer>(make, options, backbone, data, std::move(random),
                                           std::move(ranks));
 }
@@ -248,7 +247,8 @@ void init_train(py::module_& m) {
            py::arg("train_options"), py::arg("backbone"), py::arg("dataset"), py::arg("transform"),
            py::arg("loader"), py::arg("mean"), py::arg("std"), py::arg("draws") = py::none(),
            py::arg("group") = py::none(),
-           "`group`: name of a torch.distributed process group whose ranks train together.")
+           "`group`: names of torch.distributed's process groups of the ranks that train together, "
+           "one for the device's tensors and one for the CPU's.")
       .def("begin_after", &train::Trainer::begin_after, py::arg("tasks"), py::arg("learned"),
            "Begins after tasks that were learned elsewhere.")
       .def("run", &run, py::arg("on_event") = py::none(), py::arg("should_stop") = py::none(),

@@ -22,14 +22,19 @@ class Communicator {
   virtual std::vector<at::Tensor> gather(const at::Tensor& own) = 0;
   // Becomes the sum over all ranks, the same to the bit on each.
   virtual void sum_(at::Tensor& tensor) = 0;
+  // Becomes that of rank 0.
+  virtual void broadcast_(at::Tensor& tensor) = 0;
   // Whether it is true on any rank.
   virtual bool any(bool here) = 0;
+  // Ends the connection, so that the others do not wait for this rank.
+  virtual void leave() = 0;
 };
 
 // One process alone.
 std::shared_ptr<Communicator> single();
-// The ranks of torch.distributed's process group of this name, whose tensors are on `device`.
-// ValueError where no group has this name, or torch was built without distribution.
-std::shared_ptr<Communicator> process_group(const std::string& name, at::Device device);
+// The ranks of torch.distributed's process group of this name; what is not on a device goes over
+// `control`, a group of the same ranks on the CPU that blocks and so notices when one is gone.
+// ValueError where no group has such a name, or torch was built without distribution.
+std::shared_ptr<Communicator> process_group(const std::string& name, const std::string& control);
 
 }  // namespace ntkcl::dist

@@ -8,61 +8,89 @@
 namespace ntkcl::dist {
 namespace {
 
+using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
+
 class ProcessGroup : public Communicator {
  public:
-  ProcessGroup(c10::intrusive_ptr<c10d::ProcessGroup> group, at::Device device)
-      : group_(std::move(group)), device_(device) {}
+  ProcessGroup(Group group, Group control)
+      : group_(std::move(group)),
+        control_(std::move(control)),
+        rank_(group_->getRank()),
+        size_(group_->getSize()) {}
 
-  int64_t rank() const override { return group_->getRank(); }
-  int64_t size() const override { return group_->getSize(); }
+  int64_t rank() const override { return rank_; }
+  int64_t size() const override { return size_; }
 
   std::vector<at::Tensor> gather(const at::Tensor& own) override {
     std::vector<at::Tensor> inputs{own};
     std::vector<std::vector<at::Tensor>> outputs(1);
-    for (int64_t r = 0; r < size(); ++r) {
+    for (int64_t r = 0; r < size_; ++r) {
       outputs[0].push_back(at::empty_like(own));
     }
-    finish([&] { return group_->allgather(outputs, inputs); });
+    finish([&] { return group(own).allgather(outputs, inputs); });
     return outputs[0];
   }
 
   void sum_(at::Tensor& tensor) override {
     std::vector<at::Tensor> tensors{tensor};
-    finish([&] { return group_->allreduce(tensors); });
+    finish([&] { return group(tensor).allreduce(tensors); });
+  }
+
+  void broadcast_(at::Tensor& tensor) override {
+    std::vector<at::Tensor> tensors{tensor};
+    finish([&] { return group(tensor).broadcast(tensors); });
   }
 
   bool any(bool here) override {
-    at::Tensor count = at::full({1}, here ? 1 : 0, at::device(device_).dtype(at::kInt));
+    at::Tensor count = at::full({1}, here ? 1 : 0, at::kInt);
     sum_(count);
     return count.item<int>() > 0;
   }
 
+  void leave() override {
+    group_.reset();
+    control_.reset();
+  }
+
  private:
+  c10d::ProcessGroup& group(const at::Tensor& tensor) {
+    const Group& of_device = tensor.is_cpu() ? control_ : group_;
+    if (!of_device) {
+      NTKCL_FAIL(RankError, "ranks", "rank ", rank_, " of ", size_, " has left the others");
+    }
+    return *of_device;
+  }
+
   // The backends throw errors of many classes; the reason of nearly all is that a rank is gone.
   template <class Begin>
   void finish(Begin begin) {
     try {
       begin()->wait();
+    } catch (const RankError&) {
+      throw;
     } catch (const std::exception& error) {
-      NTKCL_FAIL(RankError, "ranks", "rank ", rank(), " of ", size(),
-                 " has lost the others: expected each to go on, got '", first_line(error.what()),
-                 "'");
+      const std::string text = error.what();
+      NTKCL_FAIL(RankError, "ranks", "rank ", rank_, " of ", size_,
+                 " has lost the others: expected each to go on, got '",
+                 text.substr(0, text.find('\n')), "'");
     }
   }
 
-  static std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
-
-  c10::intrusive_ptr<c10d::ProcessGroup> group_;
-  at::Device device_;
+  Group group_, control_;
+  int64_t rank_, size_;
 };
 
-}  // namespace
-
-std::shared_ptr<Communicator> process_group(const std::string& name, at::Device device) {
+Group resolve(const std::string& name) {
   NTKCL_CHECK(c10d::is_process_group_registered(name), "ranks",
               "expected the name of a process group that torch.distributed knows, got '", name,
               "'");
-  return std::make_shared<ProcessGroup>(c10d::resolve_process_group(name), device);
+  return c10d::resolve_process_group(name);
+}
+
+}  // namespace
+
+std::shared_ptr<Communicator> process_group(const std::string& name, const std::string& control) {
+  return std::make_shared<ProcessGroup>(resolve(name), resolve(control));
 }
 
 }  // namespace ntkcl::dist

@@ -3,7 +3,7 @@
 
 namespace ntkcl::dist {
 
-std::shared_ptr<Communicator> process_group(const std::string&, at::Device) {
+std::shared_ptr<Communicator> process_group(const std::string&, const std::string&) {
   NTKCL_FAIL(
       ValueError, "ranks",
       "expected a build with torch.distributed: the torch that ntkcl was built with has none");

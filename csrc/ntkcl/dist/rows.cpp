@@ -5,6 +5,8 @@
 
 #include <map>
 
+#include "ntkcl/core/error.h"
+
 namespace ntkcl::dist {
 
 struct WholeFunction : torch::autograd::Function<WholeFunction> {
@@ -55,6 +57,8 @@ at::Tensor Rows::whole(const at::Tensor& own, int64_t dim) const {
 }
 
 at::Tensor Rows::gathered(const at::Tensor& own, int64_t dim) const {
+  NTKCL_CHECK(own.size(dim) == held(), "ranks", "expected a row for each of ", held(),
+              " images, got ", own.sizes());
   // Padded to one shape, and as bytes: not every backend knows every type.
   const at::Tensor rows = own.detach().movedim(dim, 0).narrow(0, 0, count_);
   auto sizes = rows.sizes().vec();
@@ -74,11 +78,11 @@ void average_(Communicator& ranks, const std::vector<at::Tensor>& tensors) {
   if (ranks.size() == 1) {
     return;
   }
-  std::map<at::ScalarType, std::vector<at::Tensor>> of_types;
+  std::map<std::pair<at::ScalarType, at::DeviceType>, std::vector<at::Tensor>> of_kinds;
   for (const at::Tensor& tensor : tensors) {
-    of_types[tensor.scalar_type()].push_back(tensor);
+    of_kinds[{tensor.scalar_type(), tensor.device().type()}].push_back(tensor);
   }
-  for (const auto& [type, of_type] : of_types) {
+  for (const auto& [kind, of_type] : of_kinds) {
     std::vector<at::Tensor> flat;
     for (const at::Tensor& tensor : of_type) {
       flat.push_back(tensor.reshape({-1}));

@@ -42,7 +42,8 @@ class Rows {
   int64_t first_ = 0, count_ = 0, total_ = 0;
 };
 
-// The mean over the ranks, in place: one message a type. All are defined, and the same on each rank.
+// The mean over the ranks, in place: one message a type and device. All are defined, and the same
+// ones on each rank.
 void average_(Communicator& ranks, const std::vector<at::Tensor>& tensors);
 
 }  // namespace ntkcl::dist

@@ -116,9 +116,6 @@ std::vector<int64_t> ImageSet::of_classes(int64_t first, int64_t count) const {
 
 void ImageSet::start(data::View view, std::vector<int64_t> images, int64_t batch_size,
                      uint64_t key) {
-  NTKCL_CHECK(batch_size >= ranks_->size(), "ranks", "expected batches of at least ",
-              ranks_->size(), " images, one a rank, got 'batch_size' or 'evaluation_batch_size' ",
-              batch_size);
   if (!reads_own_rows_) {
     loader_->start(view, std::move(images), batch_size, key);
     return;

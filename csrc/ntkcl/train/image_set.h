@@ -39,8 +39,8 @@ class ImageSet {
   // Store positions of the images of classes first .. first + count - 1, in store order.
   std::vector<int64_t> of_classes(int64_t first, int64_t count) const;
 
-  // A pass over images at these store positions, see data::Loader. ValueError for batches of fewer
-  // images than ranks.
+  // A pass over images at these store positions, in batches of one image a rank or more; see
+  // data::Loader.
   void start(data::View view, std::vector<int64_t> images, int64_t batch_size, uint64_t key);
   // The next batch, normalised and on the device; false at the end of the pass.
   bool next(methods::Batch& batch);

@@ -44,6 +44,11 @@ Trainer::Trainer(const methods::MakeMethod& make, TrainOptions options,
         options_.schedule.min_learning_rate);
   }
   info_.count = static_cast<int64_t>(task_sizes_.size());
+  for (const int64_t size : {options_.batch_size, options_.evaluation_batch_size}) {
+    NTKCL_CHECK(size >= ranks_->size(), "ranks",
+                "'batch_size', 'evaluation_batch_size': expected an image for each of ",
+                ranks_->size(), " ranks at least, got ", size);
+  }
   method_ = make(vit_, info_.count, *random_);
 }
 
@@ -73,16 +78,29 @@ RunResult Trainer::run(const Hooks& hooks, const std::optional<Checkpoint>& from
   started_ = true;
   const ComputeScope scope(options_, device_);
   hooks_ = hooks;
-  if (from) {
-    restore(*from);
+  try {
+    if (from) {
+      restore(*from);
+    }
+    return run_tasks();
+  } catch (const Interrupted&) {
+    throw;
+  } catch (const NumericalError&) {
+    throw;
+  } catch (...) {
+    ranks_->leave();
+    throw;
   }
+}
+
+RunResult Trainer::run_tasks() {
   begun_with_ = progress_;
   int64_t steps = 0, done = progress_.step;
   for (int64_t t = 0; t < info_.count; ++t) {
     steps += steps_of(t);
     done += t < progress_.task ? steps_of(t) : 0;
   }
-  if (from) {
+  if (resumed_) {
     emit("resume", {{"tasks", info_.count},
                     {"task_sizes", task_sizes_},
                     {"steps", steps},
@@ -126,6 +144,7 @@ void Trainer::run_task() {
   const Stopwatch watch;
   if (!progress_.begun) {
     method_->before_task(*this);
+    share_state();
     progress_.begun = true;
     const auto first = class_order_.begin() + info_.n_old;
     const auto images = images_of(info_).size();
@@ -143,6 +162,7 @@ void Trainer::run_task() {
     check_stop();
     try {
       method_->run_stage(stage, *this);
+      share_state();
     } catch (const NumericalError& error) {  // what the last step left is not finite
       NTKCL_FAIL(NumericalError, "train", "after step ", progress_.step - 1, " of task ",
                  info_.index, ": ", error.what());
@@ -157,6 +177,23 @@ void Trainer::run_task() {
 }
 
 // ---- Training ----
+
+void Trainer::share_state() {
+  if (ranks_->size() == 1) {
+    return;
+  }
+  const at::NoGradGuard no_grad;
+  method_->visit_state([&](const std::string&, at::Tensor& tensor) {
+    if (tensor.numel() == 0) {
+      return;
+    }
+    at::Tensor of_first = tensor.detach().clone(at::MemoryFormat::Contiguous);
+    ranks_->broadcast_(of_first);
+    if (!at::equal(tensor, of_first)) {  // what did not change is not written: caches stay
+      tensor.detach().copy_(of_first);
+    }
+  });
+}
 
 int64_t Trainer::epochs_of(int64_t task) const {
   return task == 0 && options_.initial_epochs > 0 ? options_.initial_epochs : options_.epochs;

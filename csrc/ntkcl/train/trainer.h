@@ -64,6 +64,8 @@ class Trainer : private methods::TaskServices {
   // Runs all tasks, or those that are left after a checkpoint. When it is stopped it ends with
   // Interrupted, a loss that is not finite with NumericalError, a checkpoint that is not of this
   // run with ValueError. A trainer runs once.
+  // With several ranks, all end so together; one that fails alone leaves the others, and they end
+  // with RankError.
   RunResult run(const Hooks& hooks, const std::optional<Checkpoint>& from = std::nullopt);
 
   methods::Method& method() { return *method_; }
@@ -89,7 +91,11 @@ class Trainer : private methods::TaskServices {
   // Store positions of the images that a task's steps read.
   std::vector<int64_t> images_of(const methods::TaskInfo& info) const;
 
+  RunResult run_tasks();
   void run_task();
+  // What rank 0 has learned, on every rank: where each has computed it for itself, a method's own
+  // random numbers or another processor's rounding may have made it differ.
+  void share_state();
   void begin_training();  // makes the optimiser of what the method trains
   void train_task();
   void train_epoch(int64_t epochs, double learning_rate);
@@ -138,7 +144,7 @@ class Trainer : private methods::TaskServices {
   std::unique_ptr<methods::Method> method_;
   Hooks hooks_;
 
-  bool started_ = false;
+  bool started_ = false, resumed_ = false;
   Progress progress_, begun_with_;
   methods::TaskInfo info_;
   int64_t task_steps_ = 0;

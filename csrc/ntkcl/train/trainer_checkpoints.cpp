@@ -79,6 +79,7 @@ void Trainer::check_place(const Progress& p) const {
 
 void Trainer::restore(const Checkpoint& from) {
   check_place(from.progress);
+  resumed_ = true;
   progress_ = from.progress;
   const Progress& p = progress_;
   for (int64_t t = 0; t < p.task; ++t) {

@@ -23,7 +23,7 @@ struct Options {
     v("projection", projection, at_least(1),
       "M, width of the random projection; the sums kept are M x M numbers of 8 bytes");
     v("ridge", ridge, at_least(0),
-      "lambda; 0: chosen after each task, of 1e-8, 1e-7 .. 1e9, on a fifth of its features");
+      "lambda; 0: chosen after each task, of 1e-8, 1e-7 .. 1e8, on a fifth of its features");
   }
 };
 

@@ -11,7 +11,7 @@ namespace ntkcl::methods::ranpac {
 namespace {
 
 constexpr const char* kWhere = "ranpac";
-constexpr int kLowest = -8, kHighest = 9;  // exponents of the candidates
+constexpr int kLowest = -8, kHighest = 8;  // exponents of the candidates
 
 void check_finite(const at::Tensor& gram) {
   if (!gram.isfinite().all().item<bool>()) {

@@ -5,7 +5,7 @@
 // Ridge regression of RanPAC (McDonnell et al., arXiv 2307.02251), in float64.
 namespace ntkcl::methods::ranpac {
 
-// Of 1e-8, 1e-7 .. 1e9 the parameter whose regression on rows (m, M) and targets (m, n) has the
+// Of 1e-8, 1e-7 .. 1e8 the parameter whose regression on rows (m, M) and targets (m, n) has the
 // smallest squared error on held-out rows (k, M) and targets (k, n). NumericalError for rows that
 // are not finite.
 double best_ridge(const at::Tensor& rows, const at::Tensor& targets, const at::Tensor& held_rows,
