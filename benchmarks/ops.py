@@ -25,7 +25,9 @@ from ntkcl.ops import (
     attention,
     bias_relu_dropout,
     composed_linear,
+    gelu,
     philox_keep_mask,
+    residual_layer_norm,
     section_cosine,
 )
 
@@ -108,6 +110,60 @@ def dropout_case(rows: int, width: int, dtype: torch.dtype, device: str, backwar
         verify,
         rows * width * element * (5 if backward else 2),
     )
+
+
+def gelu_case(rows: int, width: int, dtype: torch.dtype, device: str, backward: bool) -> Case:
+    x = torch.randn(rows, width, dtype=dtype, device=device, requires_grad=backward)
+    grad = torch.randn(rows, width, dtype=dtype, device=device)
+
+    def run(function: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        y = function(x)
+        return gradients(y, grad, x) if backward else [y]
+
+    return Case(
+        "gelu" + (" + backward" if backward else ""),
+        {"rows": rows, "width": width},
+        lambda: run(gelu),
+        lambda: run(F.gelu),
+        lambda: check(run(gelu), run(F.gelu)),
+        rows * width * x.element_size() * (5 if backward else 2),
+    )
+
+
+def layer_norm_case(rows: int, width: int, dtype: torch.dtype, device: str, backward: bool) -> Case:
+    """A float32 stream, and an update and a result of `dtype`; the LayerNorm is frozen."""
+
+    def make(*shape, dtype=torch.float32):
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    x, update = make(rows, width), make(rows, width, dtype=dtype)
+    weight, bias = make(width), make(width)
+    grads = make(rows, width), make(rows, width, dtype=dtype)
+    leaves = [t.requires_grad_(backward) for t in (x, update)]
+
+    def theirs_of(x, update):
+        total = x + update
+        return total, F.layer_norm(total, (width,), weight, bias, 1e-6).to(dtype)
+
+    def run(function):
+        results = function(*leaves)
+        return [*results, *torch.autograd.grad(results, leaves, grads)] if backward else results
+
+    def ours():
+        return run(lambda x, u: residual_layer_norm(x, u, weight, bias, 1e-6, dtype))
+
+    def theirs():
+        return run(theirs_of)
+
+    return Case(
+        "residual_layer_norm" + (" + backward" if backward else ""),
+        {"rows": rows, "width": width},
+        ours,
+        theirs,
+        lambda: check(ours(), theirs()),
+        rows * width * ((20 + 4 * update.element_size()) if backward else
+                        (8 + 2 * update.element_size())),
+    )  # fmt: skip
 
 
 def mask_case(n: int, device: str) -> Case:
@@ -233,7 +289,8 @@ def measure(case: Case, rounds: int, device: str) -> tuple[float, float]:
 
 def cases(device: str):
     # Attention in ViT-Ti and ViT-B at batch 16; the adapter's middle in ViT-B at batch 16 (3152 x
-    # 16), a whole MLP's activation, and a large matrix for the GPU; scores of a training batch and
+    # 16), a whole MLP's activation, and a large matrix for the GPU; the inside of an MLP and its
+    # LayerNorm in both; scores of a training batch and
     # of an evaluation batch; q, k and v of ViT-Ti and ViT-B in the second and the tenth task.
     heights = [(3152, 16), (3152, 3072)] + ([(197 * 256, 3072)] if device == "cuda" else [])
     for dtype in (torch.float32, torch.bfloat16):
@@ -244,6 +301,10 @@ def cases(device: str):
         for rows, width in heights:
             for backward in (False, True):
                 yield dtype, dropout_case(rows, width, dtype, device, backward)
+        for width in (192, 768):
+            for backward in (False, True):
+                yield dtype, gelu_case(3152, 4 * width, dtype, device, backward)
+                yield dtype, layer_norm_case(3152, width, dtype, device, backward)
         for batch, classes, sections in ((48, 10, 1), (96, 100, 2), (256, 345, 3)):
             for backward in (False, True):
                 yield dtype, cosine_case(batch, classes, sections, 768, dtype, device, backward)
@@ -265,6 +326,7 @@ def main() -> None:
         help="torch.set_float32_matmul_precision, for both sides (default: highest)",
     )
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--only", default="", help="operators whose names begin so")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -276,6 +338,8 @@ def main() -> None:
     print(f"{'operator':34} {'type':9} {'ours us':>10} {'torch us':>10} {'ratio':>6} {'GB/s':>7}")
     results = []
     for dtype, case in cases(device):
+        if not case.name.startswith(arguments.only):
+            continue
         ours, theirs = measure(case, arguments.rounds, device)
         kind = str(dtype).removeprefix("torch.")
         print(

@@ -18,7 +18,9 @@ __all__ = [
     "attention",
     "bias_relu_dropout",
     "composed_linear",
+    "gelu",
     "philox_keep_mask",
+    "residual_layer_norm",
     "section_cosine",
 ]
 
@@ -160,6 +162,27 @@ def composed_linear(
     return y
 
 
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """``x * Phi(x)``, Phi the normal distribution: GELU by its definition, not by tanh.
+
+    Unlike ``x * (1 + erf(x / sqrt(2))) / 2`` it keeps its relative accuracy for negative x. On the
+    CPU a normal result is within 8 units in the last place in float32, within 0.52 in bfloat16.
+
+    Args:
+        x: Any shape, float32, float64 or bfloat16. Copied first if it is not contiguous.
+
+    Returns:
+        Of x's shape and type, contiguous; differentiable.
+
+    Raises:
+        TypeError: The element type is not one of the above.
+
+    Source: Hendrycks and Gimpel (arXiv 1606.08415).
+    """
+    y: torch.Tensor = torch.ops.ntkcl.gelu(x)
+    return y
+
+
 def philox_keep_mask(key: torch.Tensor, size: Sequence[int], p: float) -> torch.Tensor:
     """The dropout mask that a key stands for: the one that ``bias_relu_dropout`` draws from it.
 
@@ -178,6 +201,42 @@ def philox_keep_mask(key: torch.Tensor, size: Sequence[int], p: float) -> torch.
     """
     mask: torch.Tensor = torch.ops.ntkcl.philox_keep_mask(key, size, p)
     return mask
+
+
+def residual_layer_norm(
+    x: torch.Tensor,
+    update: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x + update`` and its LayerNorm, in one pass over memory.
+
+    What stands between two parts of a transformer's block. Keeps the sum and two numbers a row for
+    the backward pass, which adds the gradients of both results in one pass as well.
+
+    Args:
+        x: (..., C), float32, float64 or bfloat16: the residual stream.
+        update: (..., C), of x's type, or bfloat16 beside float32; None: nothing is added.
+        weight: (C), of x's type and device.
+        bias: (C), of x's type and device.
+        eps: Added to the variance, at least 0.
+        dtype: Of the normalised result: x's type (the default), or bfloat16 beside float32.
+
+    Returns:
+        The sum (..., C) of x's type (x itself where there is no update), and its LayerNorm (..., C)
+        of ``dtype``. Mean and variance are of the sum as it is returned, in float32 (float64 for
+        float64). x, update, weight and bias are differentiable.
+
+    Raises:
+        ValueError: Shapes or devices do not fit, or eps is negative.
+        TypeError: An element type is not one of the above.
+    """
+    out: tuple[torch.Tensor, ...] = torch.ops.ntkcl.residual_layer_norm(
+        x, update, weight, bias, eps, dtype
+    )
+    return (x if update is None else out[0]), out[1]
 
 
 def section_cosine(

@@ -12,7 +12,9 @@ from ntkcl.ops import (
     attention,
     bias_relu_dropout,
     composed_linear,
+    gelu,
     philox_keep_mask,
+    residual_layer_norm,
     section_cosine,
 )
 
@@ -36,6 +38,24 @@ def assert_close(actual, reference, dtype, scale=0.0):
     torch.testing.assert_close(
         actual.double(), reference.double(), rtol=0, atol=TOLERANCE[dtype] * scale
     )
+
+
+def over_threads(run):
+    """What run() gives with one thread and with three."""
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(run())
+        return results
+    finally:
+        torch.set_num_threads(threads)
+
+
+def with_gradient(function, x):
+    y = function(x)
+    return y, *torch.autograd.grad(y.square().sum(), (x,))
 
 
 # --- plain PyTorch references -------------------------------------------------------------------
@@ -488,6 +508,263 @@ def test_bias_relu_dropout_errors():
         bias_relu_dropout(x, bias.to("meta"))
 
 
+# --- gelu ---------------------------------------------------------------------------------------
+
+
+def normal_gelu(x):
+    """In float64, accurate for negative x: erfc does not cancel."""
+    return x * torch.special.erfc(-x * 0.5**0.5) / 2
+
+
+def every_bfloat16():
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    return bits[bits.isfinite()]
+
+
+def ulps(actual, exact):
+    """Distance in units in the last place of the type, where the exact result is normal."""
+    information = torch.finfo(actual.dtype)
+    normal = exact.abs() >= 2 * information.tiny
+    exact = exact[normal]
+    unit = torch.exp2(exact.abs().log2().floor()) * information.eps
+    return ((actual[normal].double() - exact).abs() / unit).max().item()
+
+
+def test_gelu_is_accurate():
+    # The bounds that its documentation states, also where 1 + erf would cancel.
+    x = torch.cat(
+        [random(200_000), -torch.logspace(-30, 1.14, 200_000), torch.linspace(0, 20, 9999)]
+    )
+    assert ulps(gelu(x), normal_gelu(x.double())) <= 8
+    x = every_bfloat16()
+    assert ulps(gelu(x), normal_gelu(x.double())) <= 0.52
+    x = random(10_000, dtype=torch.float64)
+    torch.testing.assert_close(gelu(x), normal_gelu(x), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_backward_is_accurate(dtype):
+    # The derivative passes 0, so its error is absolute; the product is rounded once.
+    x = every_bfloat16() if dtype == torch.bfloat16 else 3 * random(100_000, dtype=dtype)
+    grad = random(*x.shape, dtype=dtype, seed=1)
+    x.requires_grad_()
+    gelu(x).backward(grad)
+    x64 = x.detach().double()
+    slope = torch.special.erfc(-x64 * 0.5**0.5) / 2
+    slope += x64 * (-(x64**2) / 2).exp() / (2 * torch.pi) ** 0.5
+    rounding = 0.5 * torch.finfo(dtype).eps
+    allowed = {torch.float32: 4e-7, torch.float64: 1e-15, torch.bfloat16: 1e-4}[dtype]
+    error = (x.grad.double() - grad.double() * slope).abs()
+    assert (error <= grad.double().abs() * (allowed + rounding * slope.abs())).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_at_the_ends(dtype):
+    x = torch.tensor([torch.inf, -torch.inf, 0.0, 1e30, -1e30, torch.nan], dtype=dtype)
+    x.requires_grad_()
+    y = gelu(x)
+    expected = torch.tensor([torch.inf, 0.0, 0.0, 1e30, 0.0, torch.nan], dtype=dtype)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    y.sum().backward()
+    slopes = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0, torch.nan], dtype=dtype)
+    torch.testing.assert_close(x.grad, slopes, rtol=0, atol=1e-3, equal_nan=True)
+
+
+def test_gelu_shapes_and_threads():
+    x = random(40, 30, 50, requires_grad=True)
+    permuted = x.permute(2, 0, 1)
+    assert gelu(permuted).is_contiguous()
+    assert torch.equal(gelu(permuted), gelu(permuted.contiguous()))
+    assert gelu(x[:0]).shape == (0, 30, 50)
+    assert gelu(x[0, 0, 0]).shape == ()
+    for first, second in zip(*over_threads(lambda: with_gradient(gelu, x)), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_gelu_gradcheck():
+    assert torch.autograd.gradcheck(gelu, (3 * random(20, dtype=torch.float64).requires_grad_(),))
+
+
+def test_gelu_errors():
+    where = r"expected x of float32, float64 or bfloat16, got Half"
+    with pytest.raises(TypeError, match=r"^\[gelu\] " + where):
+        gelu(torch.zeros(2).half())
+    x = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"^\[gelu_backward\] expected grad of x's shape \[2\]"):
+        torch.ops.ntkcl.gelu_backward(x[:1], x)
+    with pytest.raises(TypeError, match=r"^\[gelu_backward\] expected grad of x's type Float"):
+        torch.ops.ntkcl.gelu_backward(x.double(), x)
+
+
+# --- residual_layer_norm ------------------------------------------------------------------------
+
+# Types of stream, update and result.
+STREAMS = [(d, d, d) for d in DTYPES] + [
+    (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float32, torch.bfloat16),
+    (torch.float32, torch.bfloat16, torch.float32),
+]
+LAYERS = [(1,), (7,), (5, 192), (2, 197, 31), (3, 4, 33), (300, 64)]
+EPS = 1e-6
+
+
+def layer_inputs(shape, types, requires_grad=False):
+    stream, update, _ = types
+    return [
+        random(*s, dtype=d, seed=i, requires_grad=requires_grad)
+        for i, (s, d) in enumerate(
+            [(shape, stream), (shape, update), (shape[-1:], stream), (shape[-1:], stream)]
+        )
+    ]
+
+
+def reference_layer(x, update, weight, bias, stored=lambda s: s):
+    total = x if update is None else stored(x + update)
+    return total, F.layer_norm(total, x.shape[-1:], weight, bias, EPS)
+
+
+@pytest.mark.parametrize("types", STREAMS)
+@pytest.mark.parametrize("shape", LAYERS)
+@pytest.mark.parametrize("updated", [True, False])
+def test_residual_layer_norm_equals_pytorch(types, shape, updated):
+    inputs = layer_inputs(shape, types, requires_grad=True)
+    inputs64 = [t.detach().double().requires_grad_() for t in inputs]
+    # The variance of one element is 0: what the reference rounds, it multiplies by 1 / sqrt(eps).
+    least = 1.0 if shape[-1] > 1 else EPS**-0.5
+    if not updated:
+        inputs[1] = inputs64[1] = None
+    total, out = residual_layer_norm(*inputs, EPS, types[2])
+
+    class Stored(torch.autograd.Function):
+        @staticmethod
+        def forward(_, value):
+            return value.to(types[0]).double()
+
+        @staticmethod
+        def backward(_, grad):
+            return grad
+
+    expected_total, expected = reference_layer(*inputs64, Stored.apply)
+    assert torch.equal(total, expected_total.to(types[0]))
+    worst = max(TOLERANCE[d] for d in types)
+    assert out.dtype == types[2]
+    torch.testing.assert_close(out.double(), expected, rtol=worst, atol=worst)
+
+    # Both results have a gradient.
+    grad, total_grad = (
+        random(*shape, dtype=types[2], seed=5),
+        random(*shape, dtype=types[0], seed=6),
+    )
+    torch.autograd.backward([total, out], [total_grad, grad])
+    torch.autograd.backward([expected_total, expected], [total_grad.double(), grad.double()])
+    for ours, theirs in zip(inputs, inputs64, strict=True):
+        if ours is not None:
+            assert ours.grad.dtype == ours.dtype
+            scale = max(theirs.grad.abs().max().item(), least)
+            tolerance = max(TOLERANCE[ours.dtype], 1e-5 if ours.dtype == torch.float32 else 0)
+            error = (ours.grad.double() - theirs.grad).abs().max().item()
+            assert error <= tolerance * scale
+
+
+@pytest.mark.parametrize("wanted", ["stream", "update", "weight", "sum", "out"])
+def test_residual_layer_norm_partial_gradients(wanted):
+    # Each gradient is right whichever others are asked for, and frozen inputs get none.
+    inputs, reference = (layer_inputs((4, 24), STREAMS[1]) for _ in range(2))
+    leaf = {"stream": 0, "update": 1, "weight": 2}.get(wanted, 0)
+    results = []
+    for tensors, function in (
+        (inputs, lambda *a: residual_layer_norm(*a, EPS)),
+        (reference, reference_layer),
+    ):
+        tensors[leaf].requires_grad_()
+        total, out = function(*tensors)
+        loss = {"sum": total.pow(3), "out": out.pow(3)}.get(wanted, total.pow(3) + out.pow(3))
+        loss.sum().backward()
+        results.append([t.grad for t in tensors])
+    for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        if i == leaf:
+            torch.testing.assert_close(ours, theirs)
+        else:
+            assert ours is None
+
+
+def test_residual_layer_norm_of_equal_and_far_off_values():
+    # Variance 0, and a mean far from 0: the variance is of centred values.
+    weight, bias = torch.ones(100), torch.full((100,), 0.5)
+    _, out = residual_layer_norm(torch.full((2, 100), 3.0), None, weight, bias, EPS)
+    assert torch.equal(out, torch.full((2, 100), 0.5))
+    x = random(2, 100, dtype=torch.float64)
+    _, out = residual_layer_norm((x + 1000).float(), None, weight, bias, EPS)
+    expected = F.layer_norm(
+        (x + 1000).float().double(), (100,), weight.double(), bias.double(), EPS
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_residual_layer_norm_lets_nan_through():
+    x, update, weight, bias = layer_inputs((3, 8), STREAMS[0])
+    update[1, 2] = float("nan")
+    total, out = residual_layer_norm(x, update, weight, bias)
+    assert total.isnan().sum() == 1
+    assert out[1].isnan().all()
+    assert not out[[0, 2]].isnan().any()
+
+
+def test_residual_layer_norm_shapes_and_threads():
+    x, update, weight, bias = layer_inputs((6, 5, 4), STREAMS[0])
+    permuted = residual_layer_norm(x.permute(1, 0, 2), update.permute(1, 0, 2), weight, bias)
+    for ours, theirs in zip(permuted, residual_layer_norm(x, update, weight, bias), strict=True):
+        assert torch.equal(ours, theirs.permute(1, 0, 2))
+    for shape in ((0, 4), (3, 0)):
+        given = [t.requires_grad_() for t in layer_inputs(shape, STREAMS[0])]
+        total, out = residual_layer_norm(*given)
+        assert total.shape == out.shape == shape
+        (total.sum() + out.sum()).backward()
+        assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in given[2:])
+    given = [t.requires_grad_() for t in layer_inputs((700, 192), STREAMS[1])]
+
+    def run():
+        total, out = residual_layer_norm(*given)
+        return total, out, *torch.autograd.grad((total * out).square().sum(), given)
+
+    for first, second in zip(*over_threads(run), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_residual_layer_norm_gradcheck():
+    inputs = [t.requires_grad_() for t in layer_inputs((3, 5), STREAMS[1])]
+    assert torch.autograd.gradcheck(residual_layer_norm, inputs)
+    x, _, weight, bias = inputs
+    assert torch.autograd.gradcheck(lambda *a: residual_layer_norm(a[0], None, *a[1:])[1],
+                                    (x, weight, bias))  # fmt: skip
+
+
+def test_residual_layer_norm_errors():
+    x, weight = torch.zeros(2, 6), torch.zeros(6)
+    where = r"^\[residual_layer_norm\] expected "
+    with pytest.raises(TypeError, match=where + "x of float32, float64 or bfloat16, got Half"):
+        residual_layer_norm(x.half(), x, weight, weight)
+    with pytest.raises(TypeError, match=where + "update of the stream's type Float, or bfloat16"):
+        residual_layer_norm(x, x.double(), weight, weight)
+    with pytest.raises(TypeError, match=where + "update of the stream's type Double"):
+        residual_layer_norm(x.double(), x.bfloat16(), weight.double(), weight.double())
+    with pytest.raises(TypeError, match=where + "a dtype of the stream's type Float.*got Double"):
+        residual_layer_norm(x, x, weight, weight, dtype=torch.float64)
+    with pytest.raises(ValueError, match=where + r"update of x's shape \[2, 6\], got \[6\]"):
+        residual_layer_norm(x, x[0], weight, weight)
+    with pytest.raises(ValueError, match=where + r"weight of shape \[6\], got \[5\]"):
+        residual_layer_norm(x, x, weight[:5], weight)
+    with pytest.raises(TypeError, match=where + "bias of the stream's type Float, got Double"):
+        residual_layer_norm(x, x, weight, weight.double())
+    with pytest.raises(ValueError, match=where + r"x of shape \(\.\.\., C\), got a scalar"):
+        residual_layer_norm(torch.zeros(()), None, weight, weight)
+    for eps in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=where + "eps >= 0, got"):
+            residual_layer_norm(x, x, weight, weight, eps)
+    with pytest.raises(ValueError, match=where + "update on x's device cpu, got meta"):
+        residual_layer_norm(x, x.to("meta"), weight, weight)
+
+
 # --- section_cosine -----------------------------------------------------------------------------
 
 # B, n, S, C
@@ -800,6 +1077,14 @@ def operator_samples(device="cpu"):
                     )
             yield ops.bias_relu_dropout.default, (make(5, 16), make(16), None, key, P)
             yield ops.bias_relu_dropout.default, (make(2, 7, 16), make(16), mask, None, P)
+            yield ops.gelu.default, (make(3, 5),)
+            layer = (make(2, 3, 8), make(8), make(8), EPS)
+            yield ops.residual_layer_norm.default, (layer[0], make(2, 3, 8), *layer[1:])
+            yield ops.residual_layer_norm.default, (layer[0], None, *layer[1:])
+            if dtype == torch.float32:
+                half = make(2, 3, 8, dtype=torch.bfloat16)
+                arguments = (layer[0], half, *layer[1:], torch.bfloat16)
+                yield ops.residual_layer_norm.default, arguments
             yield ops.section_cosine.default, (make(4, 6), make(3, 6), make(2))
     x, bias = random(2, 7, 3).to(device), random(3).to(device)
     y = bias_relu_dropout(x, bias)
@@ -815,6 +1100,15 @@ def operator_samples(device="cpu"):
     yield ops.bias_relu_dropout_backward.default, (x, y, P)
     yield ops.bias_relu_dropout_backward.default, (x.transpose(0, 1), y.transpose(0, 1), P)
     yield ops.bias_relu_dropout_backward.default, (x[:0], y[:0], P)
+    yield ops.gelu.default, (x.transpose(0, 1),)
+    yield ops.gelu.default, (x[:0].requires_grad_(),)
+    yield ops.gelu_backward.default, (x, y)
+    yield ops.gelu_backward.default, (x.transpose(0, 1), y.transpose(0, 1))
+    means, half = x.mean(2), x.bfloat16()
+    for sum_grad, update, affine in ((y, None, True), (None, torch.bfloat16, False)):
+        results = (x, means, means, bias, update, affine)
+        yield ops.residual_layer_norm_backward.default, (x, sum_grad, *results)
+        yield ops.residual_layer_norm_backward.default, (half, sum_grad, *results)
     yield ops.philox_keep_mask.default, (key, [3, 5], P)
     yield ops.philox_keep_mask.default, (key, [0, 5], P)
     yield ops.section_cosine.default, (rows.t().contiguous().t(), prototypes, weights)
@@ -901,6 +1195,12 @@ def test_autocast_casts_parameters():
     for parameter in (bias, prototypes, scale):
         assert parameter.grad.dtype == torch.float32
         assert parameter.grad.abs().sum() > 0
+    weight = torch.ones(12, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        stream, out = residual_layer_norm(x.bfloat16(), x, weight, weight)
+    assert stream.dtype == out.dtype == torch.bfloat16
+    out.square().sum().backward()
+    assert weight.grad.dtype == torch.float32
 
 
 def test_backward_within_autocast():
@@ -1023,6 +1323,43 @@ def test_cuda_section_cosine_equals_cpu(cuda, dtype, size):
     for expected, ours in zip(*outcomes, strict=True):
         if width > 1 or ours is outcomes[1][0]:
             assert_close(ours, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 7, 4096, 9_000_004])
+def test_cuda_gelu_equals_cpu(cuda, dtype, n):
+    outcomes = []
+    for device in ("cpu", cuda):
+        x = (3 * random(n, dtype=dtype)).to(device).requires_grad_()
+        outcomes.append([t.cpu() for t in with_gradient(gelu, x)])
+    for expected, ours in zip(*outcomes, strict=True):
+        assert_close(ours, expected, dtype)
+
+
+def test_cuda_gelu_at_the_ends(cuda):
+    for dtype in DTYPES:
+        x = torch.tensor([torch.inf, -torch.inf, -1e30, torch.nan], dtype=dtype, device=cuda)
+        assert torch.equal(gelu(x).isnan(), x.isnan())
+        assert torch.equal(gelu(x)[1:3], torch.zeros_like(x[1:3]))
+
+
+@pytest.mark.parametrize("types", STREAMS)
+@pytest.mark.parametrize("shape", [*LAYERS, (70_000, 12)])
+@pytest.mark.parametrize("updated", [True, False])
+def test_cuda_residual_layer_norm_equals_cpu(cuda, types, shape, updated):
+    outcomes = []
+    for device in ("cpu", cuda):
+        inputs = [t.to(device).requires_grad_() for t in layer_inputs(shape, types)]
+        given = inputs if updated else [inputs[0], None, *inputs[2:]]
+        total, out = residual_layer_norm(*given, EPS, types[2])
+        leaves = [t for t in given if t is not None]
+        loss = (total.float() * out.float()).sum()
+        found = [total, out, *torch.autograd.grad(loss, leaves)]
+        outcomes.append([t.detach().cpu() for t in found])
+    worst = max(TOLERANCE[d] for d in types)
+    for expected, ours in zip(*outcomes, strict=True):
+        scale = max(expected.abs().max().item(), 1.0)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=4 * worst * scale)
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (4, 0)])

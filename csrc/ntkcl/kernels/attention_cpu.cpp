@@ -1,13 +1,17 @@
 #include "ntkcl/kernels/attention_cpu.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <type_traits>
 
+#include "ntkcl/kernels/exp.h"
 #include "ntkcl/kernels/lanes.h"
 #include "ntkcl/kernels/small_matmul_cpu.h"
+
+#ifdef NTKCL_X86_VERSIONS
+#include <immintrin.h>
+#endif
 
 // Head by head, with everything of a head in the second-level cache: per query and head
 // 4 * tokens * width FLOPs forward, 10 backward, and from memory only qkv, out and their gradients.
@@ -15,72 +19,44 @@
 namespace ntkcl::kernels {
 namespace {
 
-// exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial in x - n log 2. Exactly 0
-// below -87, where float32 ends. NaN stays NaN.
-NTKCL_INLINE float exp_of(float x) {
-  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  const float y = x < -87.0F ? -87.0F : x;
-  const float shifted = y * 1.44269504F + kRound;
-  const float n = shifted - kRound;
-  const float r = (y - n * 0.693359375F) + n * 2.12194440e-4F;  // log 2 in two parts
-  float p = 1.9875691500e-4F;
-  p = p * r + 1.3981999507e-3F;
-  p = p * r + 8.3334519073e-3F;
-  p = p * r + 4.1665795894e-2F;
-  p = p * r + 1.6666665459e-1F;
-  p = p * r + 5.0000001201e-1F;
-  p = p * (r * r) + r + 1.0F;
-  const uint32_t power = (std::bit_cast<uint32_t>(shifted) << 23) + 0x3F800000U;
-  const float value = p * std::bit_cast<float>(power);
-  return x < -87.0F ? 0.0F : value;
-}
+// x = softmax(factor * x), factor > 0. A NaN or a positive infinity makes all of x NaN; a negative
+// infinity has weight 0. T tells how exact the weights have to be.
+template <class T, class C = Compute<T>>
+NTKCL_INLINE void softmax_loop(C* x, C factor, int64_t n) {
+  // The last lanes are filled up, as short loops would cost more than whole ones.
+  const int64_t whole = n / kLanes * kLanes;
+  C last[kLanes];
+  std::fill_n(last, kLanes, -std::numeric_limits<C>::infinity());
+  std::copy_n(x + whole, n - whole, last);
 
-NTKCL_INLINE double exp_of(double x) {
-  return std::exp(x);
-}
-
-template <class C>
-NTKCL_INLINE C max_loop(const C* x, int64_t n) {
   C lanes[kLanes];
-  for (C& lane : lanes) {
-    lane = -std::numeric_limits<C>::infinity();
-  }
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  std::copy_n(last, kLanes, lanes);
+  for (int64_t i = 0; i < whole; i += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
     }
   }
-  for (int lane = 0; i + lane < n; ++lane) {
-    lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
-  }
-  C largest = lanes[0];
-  for (const C lane : lanes) {
-    largest = lane > largest ? lane : largest;
-  }
-  return largest;
-}
 
-// A NaN or a positive infinity makes all of x NaN; a negative infinity has weight 0.
-template <class C>
-NTKCL_INLINE void softmax_loop(C* x, int64_t n) {
-  const C largest = max_loop(x, n);
-  C lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  const C shift = factor * largest_of(lanes);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    last[lane] = exp_of(factor * last[lane] - shift, T{});
+    lanes[lane] = last[lane];
+  }
+  for (int64_t i = 0; i < whole; i += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      x[i + lane] = exp_of(x[i + lane] - largest);
+      x[i + lane] = exp_of(factor * x[i + lane] - shift, T{});
       lanes[lane] += x[i + lane];
     }
   }
-  for (int lane = 0; i + lane < n; ++lane) {
-    x[i + lane] = exp_of(x[i + lane] - largest);
-    lanes[lane] += x[i + lane];
+
+  const C share = C{1} / sum_of(lanes);
+  for (int64_t i = 0; i < whole; ++i) {
+    x[i] *= share;
   }
-  const C factor = C{1} / sum_of(lanes);
-  for (int64_t j = 0; j < n; ++j) {
-    x[j] *= factor;
+  for (C& value : last) {
+    value *= share;
   }
+  std::copy_n(last, n - whole, x + whole);
 }
 
 // grad = factor * y * (grad - sum(y * grad)), through y = softmax(x). Returns that sum.
@@ -94,32 +70,34 @@ NTKCL_INLINE C softmax_backward_loop(const C* __restrict__ y, C factor, C* __res
   return along;
 }
 
-// Templates cannot be multiversioned; these instances of the loops above are.
+// Templates cannot be multiversioned; these instances of the loops above are. `T` tells how exact
+// the weights have to be.
+#define NTKCL_LOOPS(T)                                                                   \
+  NTKCL_MULTIVERSION void softmax_row(Compute<T>* x, Compute<T> factor, int64_t n, T) {  \
+    softmax_loop<T>(x, factor, n);                                                       \
+  }                                                                                      \
+  NTKCL_MULTIVERSION void store_row(const Compute<T>* __restrict__ x, Compute<T> factor, \
+                                    T* __restrict__ y, int64_t n) {                      \
+    for (int64_t i = 0; i < n; ++i) {                                                    \
+      y[i] = store<T>(x[i] * factor);                                                    \
+    }                                                                                    \
+  }
+NTKCL_LOOPS(float)
+NTKCL_LOOPS(double)
+NTKCL_LOOPS(BFloat16)
+#undef NTKCL_LOOPS
 #define NTKCL_LOOPS(C)                                                                  \
-  NTKCL_MULTIVERSION void softmax_row(C* x, int64_t n) {                                \
-    softmax_loop<C>(x, n);                                                              \
-  }                                                                                     \
   NTKCL_MULTIVERSION C softmax_backward_row(const C* y, C factor, C* grad, int64_t n) { \
     return softmax_backward_loop<C>(y, factor, grad, n);                                \
   }
 NTKCL_LOOPS(float)
 NTKCL_LOOPS(double)
 #undef NTKCL_LOOPS
-#define NTKCL_LOOPS(T)                                                                         \
-  NTKCL_MULTIVERSION void load_row(const T* x, Compute<T> factor, Compute<T>* y, int64_t n) {  \
-    for (int64_t i = 0; i < n; ++i) {                                                          \
-      y[i] = load(x[i]) * factor;                                                              \
-    }                                                                                          \
-  }                                                                                            \
-  NTKCL_MULTIVERSION void store_row(const Compute<T>* x, Compute<T> factor, T* y, int64_t n) { \
-    for (int64_t i = 0; i < n; ++i) {                                                          \
-      y[i] = store<T>(x[i] * factor);                                                          \
-    }                                                                                          \
+NTKCL_MULTIVERSION void load_row(const BFloat16* __restrict__ x, float* __restrict__ y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] = load(x[i]);
   }
-NTKCL_LOOPS(float)
-NTKCL_LOOPS(double)
-NTKCL_LOOPS(BFloat16)
-#undef NTKCL_LOOPS
+}
 
 constexpr int64_t kQueryRows = 64;  // queries whose scores are in work at a time
 
@@ -130,62 +108,102 @@ constexpr int64_t elements(int64_t numbers) {  // that hold so many numbers
   return (numbers + Operand<E>::kNumbers - 1) / Operand<E>::kNumbers;
 }
 
-NTKCL_INLINE BFloat16Pair pair_of(float first, float second) {
-  return {store<BFloat16>(first), store<BFloat16>(second)};
-}
+// Rows of q, k, v and the gradient lie at hand as numbers, or as bfloat16 where pairs are made of
+// them.
+template <class E>
+struct RowElement {
+  using type = E;
+};
+template <>
+struct RowElement<BFloat16Pair> {
+  using type = BFloat16;
+};
+template <class E>
+using Row = typename RowElement<E>::type;
 
-NTKCL_MULTIVERSION void pair_neighbours(const float* x, BFloat16Pair* to, int64_t pairs) {
-  for (int64_t i = 0; i < pairs; ++i) {
-    to[i] = pair_of(x[2 * i], x[2 * i + 1]);
-  }
-}
-
-NTKCL_MULTIVERSION void pair_rows_of(const float* first, const float* second, BFloat16Pair* to,
-                                     int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    to[i] = pair_of(first[i], second[i]);
-  }
-}
-
-NTKCL_MULTIVERSION void pair_row_with_zero(const float* first, BFloat16Pair* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    to[i] = pair_of(first[i], 0);
-  }
-}
-
-// x (rows, columns), which a product sums over the columns of: (rows, columns / numbers).
+// What a product sums over the columns of x (rows, columns): (rows, columns / numbers).
 template <class C>
-const C* along_columns(const C* x, int64_t, int64_t, C*) {
+const C* along_columns(const C* x, int64_t, C*) {
   return x;
 }
-const BFloat16Pair* along_columns(const float* x, int64_t rows, int64_t columns, BFloat16Pair* to) {
-  pair_neighbours(x, to, rows * columns / 2);
-  return to;
-}
 
-// x (rows, columns), which a product sums over the rows of: (rows / numbers, columns).
+// What a product sums over the rows of x (rows, columns): (rows / numbers, columns).
 template <class C>
 const C* along_rows(const C* x, int64_t, int64_t, C*) {
   return x;
 }
-const BFloat16Pair* along_rows(const float* x, int64_t rows, int64_t columns, BFloat16Pair* to) {
-  int64_t row = 0;
-  for (; row + 1 < rows; row += 2) {
-    pair_rows_of(x + row * columns, x + (row + 1) * columns, to + row / 2 * columns, columns);
+
+// x (rows, columns) -> (columns, padded_rows), with zeros behind the rows.
+template <class C>
+void transpose(const C* x, int64_t rows, int64_t columns, int64_t padded_rows, C* to) {
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t row = 0; row < padded_rows; ++row) {
+      to[j * padded_rows + row] = row < rows ? x[row * columns + j] : C{};
+    }
   }
-  if (row < rows) {
-    pair_row_with_zero(x + row * columns, to + row / 2 * columns, columns);
+}
+
+#ifdef NTKCL_X86_VERSIONS
+// Sixteen columns at a time: all row lengths are multiples of kTileColumns.
+
+NTKCL_X86_BF16 const BFloat16Pair* along_columns(const float* x, int64_t numbers,
+                                                 BFloat16Pair* to) {
+  for (int64_t i = 0; i < numbers; i += 16) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i / 2), (__m256i)rounded);
   }
   return to;
 }
 
-template <class C>
-C at_column(const C* row, int64_t column, C) {
-  return row[column];
+// Rows of bfloat16 are rows of pairs as they lie.
+const BFloat16Pair* along_columns(const BFloat16* x, int64_t, BFloat16Pair*) {
+  return reinterpret_cast<const BFloat16Pair*>(x);
 }
-BFloat16Pair at_column(const float* row, int64_t column, BFloat16Pair) {
-  return pair_of(row[2 * column], row[2 * column + 1]);
+
+// Sixteen numbers in bfloat16, each in the lower half of 32 bits.
+NTKCL_X86_BF16 NTKCL_INLINE __m512i lower_halves(const BFloat16* x) {
+  const __m256i sixteen = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return _mm512_maskz_cvtepu16_epi32(0xFFFF, sixteen);
 }
+NTKCL_X86_BF16 NTKCL_INLINE __m512i lower_halves(const float* x) {
+  return _mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x)));
+}
+
+template <class R>
+NTKCL_X86_BF16 const BFloat16Pair* along_rows(const R* x, int64_t rows, int64_t columns,
+                                              BFloat16Pair* to) {
+  for (int64_t row = 0; row < rows; row += 2) {
+    const R* first = x + row * columns;
+    BFloat16Pair* pairs = to + row / 2 * columns;
+    for (int64_t i = 0; i < columns; i += 16) {
+      __m512i both = lower_halves(first + i);
+      if (row + 1 < rows) {
+        const __m512i second = lower_halves(first + columns + i);
+        both = _mm512_or_si512(both, _mm512_maskz_slli_epi32(0xFFFF, second, 16));
+      }
+      _mm512_storeu_si512(pairs + i, both);
+    }
+  }
+  return to;
+}
+
+// x (rows, columns) -> (columns / 2, padded_rows), with zeros behind the rows.
+NTKCL_X86_BF16 void transpose(const BFloat16* x, int64_t rows, int64_t columns, int64_t padded_rows,
+                              BFloat16Pair* to) {
+  const int64_t pairs = columns / 2;
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i offsets = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(pairs)));
+  for (int64_t row = 0; row < padded_rows; row += 16) {
+    const int64_t left = std::clamp<int64_t>(rows - row, 0, 16);
+    const auto valid = static_cast<__mmask16>((1U << left) - 1);
+    for (int64_t j = 0; j < pairs; ++j) {
+      const __m512i column = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), valid, offsets,
+                                                         x + row * columns + 2 * j, 4);
+      _mm512_storeu_si512(to + j * padded_rows + row, column);
+    }
+  }
+}
+#endif
 
 // Hands out the parts of a thread's scratch memory, or counts them.
 class Scratch {
@@ -218,11 +236,9 @@ struct Padded {
 
 // Keys and values stand in the order class token, patches, prompts, so that those attended to
 // together are neighbours. All padding is zero.
-template <class T>
+template <class T, class R>
 class Head {
  public:
-  using C = Compute<T>;
-
   Head(const AttentionSizes& sizes, int64_t matrix)
       : sizes_(sizes),
         padded_(sizes),
@@ -240,35 +256,28 @@ class Head {
   }
 
   // Keys (part 1) or values (part 2): (tokens, width).
-  void load_keys(const T* qkv, int64_t part, C* to) const {
+  void load_keys(const T* qkv, int64_t part, R* to) const {
     for (int64_t row = 0; row < sizes_.tokens; ++row) {
-      load(qkv + at(token_of_key(row), part, 3), C{1}, to + row * padded_.width);
+      load(qkv + at(token_of_key(row), part, 3), to + row * padded_.width);
     }
   }
 
-  // x (tokens, width) -> (width / numbers, keys), summed over the width.
-  template <class E>
-  void transpose(const C* x, E* to) const {
-    for (int64_t row = 0; row < padded_.keys; ++row) {
-      for (int64_t j = 0; j < elements<E>(sizes_.width); ++j) {
-        to[j * padded_.keys + row] =
-            row < sizes_.tokens ? at_column(x + row * padded_.width, j, E{}) : E{};
-      }
-    }
-  }
-
-  // Tokens first .. first + rows of projection `part`, times factor: (rows, width).
+  // Tokens first .. first + rows of projection `part`: (rows, width).
   void load_queries(const T* packed, int64_t part, int64_t parts, int64_t first, int64_t rows,
-                    C factor, C* to) const {
+                    R* to) const {
     for (int64_t row = 0; row < rows; ++row) {
-      load(packed + at(first + row, part, parts), factor, to + row * padded_.width);
+      load(packed + at(first + row, part, parts), to + row * padded_.width);
     }
   }
 
  private:
-  void load(const T* from, C factor, C* to) const {
-    load_row(from, factor, to, sizes_.width);
-    std::fill(to + sizes_.width, to + padded_.width, C{0});
+  void load(const T* from, R* to) const {
+    if constexpr (std::is_same_v<T, R>) {
+      std::copy_n(from, sizes_.width, to);
+    } else {
+      load_row(from, to, sizes_.width);
+    }
+    std::fill(to + sizes_.width, to + padded_.width, R{});
   }
 
   const AttentionSizes& sizes_;
@@ -276,13 +285,13 @@ class Head {
   int64_t image_, column_;
 };
 
-// Softmaxes over a row of scores: over all keys, or over prompts apart.
-template <class C>
-void softmax_parts(C* scores, const AttentionSizes& sizes) {
+// Softmaxes over a row of scores times factor: over all keys, or over prompts apart.
+template <class T>
+void softmax_parts(Compute<T>* scores, Compute<T> factor, const AttentionSizes& sizes) {
   const int64_t others = sizes.tokens - sizes.prompts;
-  softmax_row(scores, others);
+  softmax_row(scores, factor, others, T{});
   if (sizes.prompts > 0) {
-    softmax_row(scores + others, sizes.prompts);
+    softmax_row(scores + others, factor, sizes.prompts, T{});
   }
 }
 
@@ -340,18 +349,19 @@ struct Products {
 template <class E>
 struct ForwardMemory {
   using C = typename Operand<E>::Sum;
-  E *keys, *values, *queries, *weights;
-  C *rows, *query_rows, *weight_rows;
+  E *keys, *values, *weights;
+  Row<E>*rows, *queries;
+  C *weight_rows, *mixed;
 
   ForwardMemory(Scratch& scratch, const AttentionSizes& sizes) {
     const Padded p(sizes);
     keys = scratch.take<E>(p.width, p.keys);  // transposed
     values = scratch.take<E>(p.tokens, p.width);
-    queries = scratch.take<E>(kQueryRows, p.width);
     weights = scratch.take<E>(kQueryRows, p.keys);
-    rows = scratch.take<C>(p.tokens, p.width);
-    query_rows = scratch.take<C>(kQueryRows, p.width);
+    rows = scratch.take<Row<E>>(p.tokens, p.width);
+    queries = scratch.take<Row<E>>(kQueryRows, p.width);
     weight_rows = scratch.take<C>(kQueryRows, p.keys);
+    mixed = scratch.take<C>(kQueryRows, p.width);
   }
 };
 
@@ -364,29 +374,28 @@ void forward(const Attention<T>& args, int64_t first, int64_t last, std::byte* m
   Scratch scratch(memory);
   const ForwardMemory<E> m(scratch, sizes);
   for (int64_t matrix = first; matrix < last; ++matrix) {
-    const Head<T> head(sizes, matrix);
+    const Head<T, Row<E>> head(sizes, matrix);
     head.load_keys(args.qkv, 1, m.rows);
-    head.transpose(m.rows, m.keys);
+    transpose(m.rows, sizes.tokens, p.width, p.keys, m.keys);
     head.load_keys(args.qkv, 2, m.rows);
     const E* values = along_rows(m.rows, sizes.tokens, p.width, m.values);
     const C gate = args.gate ? load(args.gate[matrix % sizes.heads]) : C{1};
     for (int64_t begin = 0; begin < sizes.tokens; begin += kQueryRows) {
       const int64_t rows = std::min(kQueryRows, sizes.tokens - begin);
       const Products<E> products{sizes, p, rows};
-      head.load_queries(args.qkv, 0, 3, begin, rows, scale, m.query_rows);
-      products.with_keys(along_columns(m.query_rows, rows, p.width, m.queries), m.keys,
+      head.load_queries(args.qkv, 0, 3, begin, rows, m.queries);
+      products.with_keys(along_columns(m.queries, rows * p.width, m.weights), m.keys,
                          m.weight_rows);
       for (int64_t row = 0; row < rows; ++row) {
         C* weights = m.weight_rows + row * p.keys;
-        softmax_parts(weights, sizes);
+        softmax_parts<T>(weights, scale, sizes);
         for (int64_t key = sizes.tokens - sizes.prompts; key < sizes.tokens; ++key) {
           weights[key] *= gate;
         }
       }
-      products.over_keys(along_columns(m.weight_rows, rows, p.keys, m.weights), values,
-                         m.query_rows);
+      products.over_keys(along_columns(m.weight_rows, rows * p.keys, m.weights), values, m.mixed);
       for (int64_t row = 0; row < rows; ++row) {
-        store_row(m.query_rows + row * p.width, C{1}, args.out + head.at(begin + row, 0, 1),
+        store_row(m.mixed + row * p.width, C{1}, args.out + head.at(begin + row, 0, 1),
                   sizes.width);
       }
     }
@@ -398,22 +407,23 @@ void forward(const Attention<T>& args, int64_t first, int64_t last, std::byte* m
 template <class E>
 struct BackwardMemory {
   using C = typename Operand<E>::Sum;
-  E *keys_transposed, *values_transposed, *keys, *queries, *dmixed, *weights;
-  C *rows, *dkeys, *dvalues, *query_rows, *dmixed_rows, *weight_rows, *dweight_rows;
+  E *keys_transposed, *values_transposed, *keys, *of_rows, *weights;
+  Row<E>*rows, *queries, *dmixed;
+  C *dkeys, *dvalues, *dqueries, *weight_rows, *dweight_rows;
 
   BackwardMemory(Scratch& scratch, const AttentionSizes& sizes) {
     const Padded p(sizes);
     keys_transposed = scratch.take<E>(p.width, p.keys);
     values_transposed = scratch.take<E>(p.width, p.keys);
     keys = scratch.take<E>(p.tokens, p.width);
-    queries = scratch.take<E>(kQueryRows, p.width);
-    dmixed = scratch.take<E>(kQueryRows, p.width);
+    of_rows = scratch.take<E>(kQueryRows, p.width);
     weights = scratch.take<E>(kQueryRows, p.keys);
-    rows = scratch.take<C>(p.tokens, p.width);
+    rows = scratch.take<Row<E>>(p.tokens, p.width);
+    queries = scratch.take<Row<E>>(kQueryRows, p.width);
+    dmixed = scratch.take<Row<E>>(kQueryRows, p.width);
     dkeys = scratch.take<C>(p.tokens, p.width);
     dvalues = scratch.take<C>(p.tokens, p.width);
-    query_rows = scratch.take<C>(kQueryRows, p.width);
-    dmixed_rows = scratch.take<C>(kQueryRows, p.width);
+    dqueries = scratch.take<C>(kQueryRows, p.width);
     weight_rows = scratch.take<C>(kQueryRows, p.keys);
     dweight_rows = scratch.take<C>(kQueryRows, p.keys);
   }
@@ -430,11 +440,11 @@ void backward(const AttentionBackward<T>& args, int64_t first, int64_t last, std
   Scratch scratch(memory);
   const BackwardMemory<E> m(scratch, sizes);
   for (int64_t matrix = first; matrix < last; ++matrix) {
-    const Head<T> head(sizes, matrix);
+    const Head<T, Row<E>> head(sizes, matrix);
     head.load_keys(args.qkv, 2, m.rows);
-    head.transpose(m.rows, m.values_transposed);
+    transpose(m.rows, sizes.tokens, p.width, p.keys, m.values_transposed);
     head.load_keys(args.qkv, 1, m.rows);
-    head.transpose(m.rows, m.keys_transposed);
+    transpose(m.rows, sizes.tokens, p.width, p.keys, m.keys_transposed);
     const E* keys = along_rows(m.rows, sizes.tokens, p.width, m.keys);
     std::fill_n(m.dkeys, p.tokens * p.width, C{0});
     std::fill_n(m.dvalues, p.tokens * p.width, C{0});
@@ -443,35 +453,33 @@ void backward(const AttentionBackward<T>& args, int64_t first, int64_t last, std
     for (int64_t begin = 0; begin < sizes.tokens; begin += kQueryRows) {
       const int64_t rows = std::min(kQueryRows, sizes.tokens - begin);
       const Products<E> products{sizes, p, rows};
-      head.load_queries(args.qkv, 0, 3, begin, rows, scale, m.query_rows);
-      head.load_queries(args.grad, 0, 1, begin, rows, C{1}, m.dmixed_rows);
-      products.with_keys(along_columns(m.query_rows, rows, p.width, m.queries), m.keys_transposed,
+      head.load_queries(args.qkv, 0, 3, begin, rows, m.queries);
+      head.load_queries(args.grad, 0, 1, begin, rows, m.dmixed);
+      products.with_keys(along_columns(m.queries, rows * p.width, m.of_rows), m.keys_transposed,
                          m.weight_rows);
-      products.with_keys(along_columns(m.dmixed_rows, rows, p.width, m.dmixed), m.values_transposed,
+      products.with_keys(along_columns(m.dmixed, rows * p.width, m.of_rows), m.values_transposed,
                          m.dweight_rows);
       for (int64_t row = 0; row < rows; ++row) {
         C *weights = m.weight_rows + row * p.keys, *dweights = m.dweight_rows + row * p.keys;
-        softmax_parts(weights, sizes);
+        softmax_parts<T>(weights, scale, sizes);
         softmax_backward_row(weights, C{1}, dweights, others);
         if (sizes.prompts > 0) {
           dgate += softmax_backward_row(weights + others, gate, dweights + others, sizes.prompts);
         }
       }
       products.add_over_rows(along_rows(m.weight_rows, rows, p.keys, m.weights),
-                             along_rows(m.dmixed_rows, rows, p.width, m.dmixed), m.dvalues);
+                             along_rows(m.dmixed, rows, p.width, m.of_rows), m.dvalues);
       products.add_over_rows(along_rows(m.dweight_rows, rows, p.keys, m.weights),
-                             along_rows(m.query_rows, rows, p.width, m.queries), m.dkeys);
-      products.over_keys(along_columns(m.dweight_rows, rows, p.keys, m.weights), keys,
-                         m.query_rows);
+                             along_rows(m.queries, rows, p.width, m.of_rows), m.dkeys);
+      products.over_keys(along_columns(m.dweight_rows, rows * p.keys, m.weights), keys, m.dqueries);
       for (int64_t row = 0; row < rows; ++row) {
-        store_row(m.query_rows + row * p.width, scale, args.dqkv + head.at(begin + row, 0, 3),
+        store_row(m.dqueries + row * p.width, scale, args.dqkv + head.at(begin + row, 0, 3),
                   sizes.width);
       }
     }
-    // The queries hold the scale, so the keys' gradients have it too.
     for (int64_t row = 0; row < sizes.tokens; ++row) {
       const int64_t token = head.token_of_key(row);
-      store_row(m.dkeys + row * p.width, C{1}, args.dqkv + head.at(token, 1, 3), sizes.width);
+      store_row(m.dkeys + row * p.width, scale, args.dqkv + head.at(token, 1, 3), sizes.width);
       store_row(m.dvalues + row * p.width, row < others ? C{1} : gate,
                 args.dqkv + head.at(token, 2, 3), sizes.width);
     }
@@ -481,8 +489,13 @@ void backward(const AttentionBackward<T>& args, int64_t first, int64_t last, std
   }
 }
 
+#ifdef NTKCL_X86_VERSIONS
 template <class T>
 constexpr bool kHasPairs = std::is_same_v<T, BFloat16>;
+#else
+template <class T>
+constexpr bool kHasPairs = false;
+#endif
 
 }  // namespace
 

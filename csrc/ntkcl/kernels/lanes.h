@@ -11,34 +11,50 @@ namespace ntkcl::kernels {
 // Partial results side by side, in a fixed order whatever the vector width of the machine.
 constexpr int kLanes = 32;
 
-template <class C>
-NTKCL_INLINE C sum_of(const C* lanes) {
-  C pairs[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    pairs[i] = lanes[i];
+// Halves are laid together until one lane is left. A loop over them would not be unrolled.
+template <int kHalf = kLanes / 2, class C, class Together>
+NTKCL_INLINE void fold(C* lanes, const Together& together) {
+  for (int i = 0; i < kHalf; ++i) {
+    lanes[i] = together(lanes[i], lanes[i + kHalf]);
   }
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      pairs[i] += pairs[i + half];
+  if constexpr (kHalf > 1) {
+    fold<kHalf / 2>(lanes, together);
+  }
+}
+
+template <class C>
+NTKCL_INLINE C sum_of(C* lanes) {
+  fold(lanes, [](C a, C b) NTKCL_INLINE_LAMBDA { return a + b; });
+  return lanes[0];
+}
+
+template <class C>
+NTKCL_INLINE C largest_of(C* lanes) {
+  fold(lanes, [](C a, C b) NTKCL_INLINE_LAMBDA { return b > a ? b : a; });
+  return lanes[0];
+}
+
+// sum of term(i), 0 <= i < n.
+template <class C, class Term>
+NTKCL_INLINE C sum_loop(int64_t n, const Term& term) {
+  C lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] += term(i + lane);
     }
   }
-  return pairs[0];
+  for (int lane = 0; i + lane < n; ++lane) {
+    lanes[lane] += term(i + lane);
+  }
+  return sum_of(lanes);
 }
 
 // sum of a[i] * b[i]; a may be b.
 template <class T>
 NTKCL_INLINE Compute<T> dot_loop(const T* a, const T* b, int64_t n) {
-  Compute<T> lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += load(a[i + lane]) * load(b[i + lane]);
-    }
-  }
-  for (int lane = 0; i + lane < n; ++lane) {
-    lanes[lane] += load(a[i + lane]) * load(b[i + lane]);
-  }
-  return sum_of(lanes);
+  return sum_loop<Compute<T>>(
+      n, [=](int64_t i) NTKCL_INLINE_LAMBDA { return load(a[i]) * load(b[i]); });
 }
 
 template <class T>

@@ -1,51 +1,15 @@
 #include <algorithm>
 
 #include "ntkcl/kernels/section_cosine_cuda.h"
-#include "ntkcl/kernels/vec4.cuh"
+#include "ntkcl/kernels/warp.cuh"
 
 // One warp per segment, two passes over it, the second one in cache. Normalise: one read of x, one
 // write. Project: one read of x and of pulled, one write.
 namespace ntkcl::kernels {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = 8;  // per block
 constexpr int64_t kMaxBlocks = 65536;
-
-// Every lane gets the sum, added up in a fixed order.
-template <class C>
-__device__ inline C warp_sum(C value) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
-  }
-  return value;
-}
-
-// Reads elements c .. c + kElements - 1, computed with as Compute<T>.
-template <class T, int kElements>
-__device__ inline void read(const T* p, Compute<T> (&values)[kElements]) {
-  if constexpr (kElements == 4) {
-    const Vec4<T> loaded = load4(p);
-    for (int j = 0; j < 4; ++j) {
-      values[j] = load(loaded.v[j]);
-    }
-  } else {
-    values[0] = load(*p);
-  }
-}
-
-template <class T, int kElements>
-__device__ inline void write(T* p, const Compute<T> (&values)[kElements]) {
-  if constexpr (kElements == 4) {
-    Vec4<T> stored;
-    for (int j = 0; j < 4; ++j) {
-      stored.v[j] = store<T>(values[j]);
-    }
-    store4(p, stored);
-  } else {
-    *p = store<T>(values[0]);
-  }
-}
 
 template <class T, int kElements>
 __global__ void __launch_bounds__(kWarp* kWarps) normalize_kernel(NormalizeSections<T> args) {

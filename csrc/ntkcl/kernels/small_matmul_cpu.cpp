@@ -68,8 +68,6 @@ NTKCL_INLINE void compute(const SmallMatmul<C>& args) {
 }
 
 #ifdef NTKCL_X86_VERSIONS
-#define NTKCL_X86_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16")))
-
 // The same of bfloat16 pairs.
 template <int kVectors>
 NTKCL_X86_BF16 NTKCL_INLINE void compute_pairs_tile(const SmallMatmul<BFloat16Pair>& args,

@@ -88,20 +88,20 @@ at::Tensor channel_pass(const VisionTransformer& vit, const Prefix& prefix,
   const auto up_weight = adapters.up_weight.unbind(0);
   const auto up_bias = adapters.up_bias.unbind(0);
 
-  at::Tensor x;
+  Residual x;
   for (int64_t l = 0; l < depth; ++l) {
     const auto i = static_cast<size_t>(l);
     const bool last = l + 1 == depth && !trace;
-    const at::Tensor h = l == 0 ? prefix.hidden : vit.attention(l, x, {.class_token_only = last});
-    const at::Tensor mlp = l == 0 ? prefix.mlp : vit.mlp(l, h);
-    const at::Tensor added = adapter(h, down_weight[i], down_bias[i], up_weight[i], up_bias[i],
-                                     dropout.empty() ? Dropout{} : dropout[i]);
-    x = at::add(h + mlp, added, scale);
+    x = l == 0 ? Residual{prefix.hidden, prefix.mlp}
+               : vit.mlp(l, vit.attention(l, x, {.class_token_only = last}));
+    const at::Tensor added = adapter(x.stream, down_weight[i], down_bias[i], up_weight[i],
+                                     up_bias[i], dropout.empty() ? Dropout{} : dropout[i]);
+    x.stream = at::add(x.stream, added, scale);
     if (trace) {
-      trace->blocks.push_back(x);
+      trace->blocks.push_back(x.value());
     }
   }
-  return vit.class_feature(x);
+  return vit.class_feature(x.value());
 }
 
 }  // namespace ntkcl::nn

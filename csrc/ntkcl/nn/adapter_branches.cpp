@@ -92,9 +92,10 @@ at::Tensor stream_adapters(const at::Tensor& hidden, const Streams& streams, int
 at::Tensor stream_block(const VisionTransformer& vit, const at::Tensor& x, const Streams& streams,
                         int64_t block, double scale, const Dropout& dropout, at::Tensor* added) {
   const bool last = block + 1 == vit.depth();
-  const at::Tensor h = vit.attention(block, x.flatten(0, 1), {.class_token_only = last});
-  const at::Tensor plain = (h + vit.mlp(block, h)).view({x.size(0), x.size(1), h.size(1), -1});
-  const at::Tensor a = stream_adapters(h.view(plain.sizes()), streams, block, dropout);
+  const Residual after =
+      vit.mlp(block, vit.attention(block, {x.flatten(0, 1)}, {.class_token_only = last}));
+  const at::Tensor plain = after.value().view({x.size(0), x.size(1), after.stream.size(1), -1});
+  const at::Tensor a = stream_adapters(after.stream.view(plain.sizes()), streams, block, dropout);
   if (added) {
     *added = a;
   }

@@ -5,6 +5,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include "ntkcl/nn/held.h"
+#include "ntkcl/ops/gelu.h"
 
 namespace ntkcl::nn {
 namespace {
@@ -83,7 +84,7 @@ at::Tensor FrozenLinear::input_gradient(const at::Tensor& grad) const {
 }
 
 at::Tensor FrozenLinear::gelu(const at::Tensor& x) const {
-  return uses_packed(x) ? product(x, packed, bias, "gelu") : at::gelu((*this)(x));
+  return uses_packed(x) ? product(x, packed, bias, "gelu") : ops::gelu((*this)(x));
 }
 
 FrozenLinear FrozenLinear::outputs(int64_t first, int64_t count) const {

@@ -1,16 +1,15 @@
 #pragma once
 
 #include "ntkcl/nn/frozen_linear.h"
+#include "ntkcl/nn/residual.h"
 
 namespace ntkcl::nn {
 
-constexpr double kLayerNormEps = 1e-6;  // of timm's vision transformers
-
-// A block's MLP(LN2(h)), without the residual, of weights that are never trained:
+// A block's h + MLP(LN2(h)) of weights that are never trained, the last addition left open:
 //
-//   fc2(gelu(fc1(layer_norm(h))))        (B, T, C) -> (B, T, C)
+//   MLP(y) = fc2(gelu(fc1(y)))        (B, T, C) -> (B, T, C)
 //
-// h is in the type of the norm, the products in that of fc1, and so is the result.
+// h is in the type of the norm, the products in that of fc1, and so is the update that leaves.
 struct FrozenMlp {
   at::Tensor norm_weight{}, norm_bias{};
   FrozenLinear fc1{}, fc2{};
@@ -18,7 +17,7 @@ struct FrozenMlp {
   // memory of what a block keeps, for a product of fc1 more.
   bool recompute = false;
 
-  at::Tensor operator()(const at::Tensor& hidden) const;
+  Residual operator()(const Residual& hidden) const;
 };
 
 }  // namespace ntkcl::nn

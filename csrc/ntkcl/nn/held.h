@@ -26,7 +26,7 @@ Weights held(torch::autograd::AutogradContext* context) {
 }
 
 inline bool differentiates(const at::Tensor& x) {
-  return at::GradMode::is_enabled() && x.requires_grad();
+  return at::GradMode::is_enabled() && x.defined() && x.requires_grad();
 }
 
 }  // namespace ntkcl::nn

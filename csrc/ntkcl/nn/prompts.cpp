@@ -28,7 +28,7 @@ std::vector<Generator> generators(const PromptList& list) {
 // takes it away whatever it is: it is left out, and its gradient is exactly 0.
 at::Tensor generate(const Generator& g, const at::Tensor& x0) {
   const at::Tensor mixed = at::matmul(g.mix_weight, x0);
-  return at::layer_norm(mixed, {mixed.size(-1)}, g.norm_weight, g.norm_bias, kLayerNormEps);
+  return layer_norm({mixed}, g.norm_weight, g.norm_bias, mixed.scalar_type()).out;
 }
 
 // [cls, prompts, patches] of tokens whose first row is cls.
@@ -80,7 +80,7 @@ at::Tensor patch_pass(const VisionTransformer& vit, const Prefix& prefix, const 
               " tokens, got ", prompts.mix_weight.sizes());
   const std::vector<Generator> blocks = generators(prompts);
 
-  at::Tensor x;
+  Residual x;
   for (int64_t l = 0; l < depth; ++l) {
     const Generator& g = blocks[static_cast<size_t>(l)];
     const bool last = l + 1 == depth && !trace;
@@ -88,27 +88,27 @@ at::Tensor patch_pass(const VisionTransformer& vit, const Prefix& prefix, const 
     if (l == 0) {
       // The image tokens' share of this block is the prefix; only the prompts are new.
       generated = generate(g, prefix.hidden);
-      x = insert(prefix.hidden + prefix.mlp, vit.mlp(0, generated));
+      x = {insert(prefix.hidden + prefix.mlp, vit.mlp(0, {generated}).update)};
     } else {
-      const at::Tensor h =
+      const Residual after =
           vit.attention(l, x, {.class_token_only = last, .prompts = p, .prompt_gate = g.gate});
       if (last) {
         // Only CLS leaves: the last generator never reaches the output (section 8.5).
-        x = h + vit.mlp(l, h);
+        x = vit.mlp(l, after);
       } else {
-        const at::Tensor x0 =
-            at::cat({h.narrow(1, 0, 1), h.narrow(1, 1 + p, h.size(1) - 1 - p)}, 1);
-        generated = at::add(generate(g, x0), h.narrow(1, 1, p), scale);
+        const at::Tensor h = after.value();
+        const auto parts = h.split_with_sizes({1, p, h.size(1) - 1 - p}, 1);
+        generated = at::add(generate(g, at::cat({parts[0], parts[2]}, 1)), parts[1], scale);
         // The residual of a prompt is q, which is what h holds there.
-        x = h + vit.mlp(l, insert(x0, generated));
+        x = {h, vit.mlp(l, {at::cat({parts[0], generated, parts[2]}, 1)}).update};
       }
     }
     if (trace) {
-      trace->blocks.push_back(x);
+      trace->blocks.push_back(x.value());
       trace->prompts.push_back(generated);
     }
   }
-  return vit.class_feature(x);
+  return vit.class_feature(x.value());
 }
 
 }  // namespace ntkcl::nn

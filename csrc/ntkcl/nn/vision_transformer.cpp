@@ -8,15 +8,12 @@
 
 #include "ntkcl/core/error.h"
 #include "ntkcl/ops/attention.h"
+#include "ntkcl/ops/gelu.h"
 
 namespace ntkcl::nn {
 namespace {
 
 constexpr const char* kWhere = "vision_transformer";
-
-at::Tensor layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  return at::layer_norm(x, {x.size(-1)}, weight, bias, kLayerNormEps);
-}
 
 // (B, T, C) -> (B, H, T, C / H)
 at::Tensor split_heads(const at::Tensor& x, int64_t heads) {
@@ -312,14 +309,14 @@ at::Tensor VisionTransformer::embed(const at::Tensor& images) const {
   return at::cat({class_token_.expand({b, -1, -1}), patches}, 1) + position_;
 }
 
-at::Tensor VisionTransformer::attention(int64_t block, const at::Tensor& x,
-                                        const AttentionOptions& options) const {
+Residual VisionTransformer::attention(int64_t block, const Residual& x,
+                                      const AttentionOptions& options) const {
   const Block& w = blocks_[static_cast<size_t>(block)];
-  const at::Tensor y = layer_norm(x, w.norm_weight, w.norm_bias).to(product_type());
-  const at::Tensor mixed = x.is_cpu() && !options.class_token_only ? mix_packed(w, y, options)
+  const auto [value, y, mean, scale] = layer_norm(x, w.norm_weight, w.norm_bias, product_type());
+  const at::Tensor mixed = y.is_cpu() && !options.class_token_only ? mix_packed(w, y, options)
                                                                    : mix_heads(w, y, options);
-  const at::Tensor residual = options.class_token_only ? x.narrow(1, 0, 1) : x;
-  return residual + through(options.products, &BlockProducts::proj, w.proj, mixed);
+  return {options.class_token_only ? value.narrow(1, 0, 1) : value,
+          through(options.products, &BlockProducts::proj, w.proj, mixed)};
 }
 
 at::Tensor VisionTransformer::mix_packed(const Block& w, const at::Tensor& y,
@@ -365,60 +362,58 @@ std::optional<at::Tensor> VisionTransformer::gate_of(const AttentionOptions& opt
   return gated ? std::optional(options.prompt_gate.to(product_type())) : std::nullopt;
 }
 
-at::Tensor VisionTransformer::mlp(int64_t block, const at::Tensor& hidden,
-                                  const BlockProducts* products) const {
+Residual VisionTransformer::mlp(int64_t block, const Residual& hidden,
+                                const BlockProducts* products) const {
   const FrozenMlp& w = blocks_[static_cast<size_t>(block)].mlp;
   if (!products || (!products->fc1 && !products->fc2)) {
     return w(hidden);
   }
-  const at::Tensor y = layer_norm(hidden, w.norm_weight, w.norm_bias).to(product_type());
-  const at::Tensor inner = at::gelu(through(products, &BlockProducts::fc1, w.fc1, y));
-  return through(products, &BlockProducts::fc2, w.fc2, inner);
+  const auto [value, y, mean, scale] =
+      layer_norm(hidden, w.norm_weight, w.norm_bias, product_type());
+  const at::Tensor inner = ops::gelu(through(products, &BlockProducts::fc1, w.fc1, y));
+  return {value, through(products, &BlockProducts::fc2, w.fc2, inner)};
 }
 
 at::Tensor VisionTransformer::class_feature(const at::Tensor& x) const {
-  return layer_norm(x.select(1, 0), norm_weight_, norm_bias_);
+  return layer_norm({x.select(1, 0)}, norm_weight_, norm_bias_, x.scalar_type()).out;
 }
 
 Prefix VisionTransformer::prefix(const at::Tensor& images) const {
   const at::NoGradGuard no_grad;
-  Prefix result;
-  result.hidden = attention(0, embed(images), {});
-  result.mlp = mlp(0, result.hidden);
-  return result;
+  const Residual after = mlp(0, attention(0, {embed(images)}, {}));
+  return {after.stream, after.update};
 }
 
 at::Tensor plain_pass(const VisionTransformer& vit, const Prefix& prefix, Trace* trace) {
-  at::Tensor x = prefix.hidden + prefix.mlp;
+  Residual x{prefix.hidden, prefix.mlp};
   if (trace) {
-    trace->blocks.push_back(x);
+    trace->blocks.push_back(x.value());
   }
   for (int64_t l = 1; l < vit.depth(); ++l) {
     const bool last = l + 1 == vit.depth() && !trace;
-    const at::Tensor h = vit.attention(l, x, {.class_token_only = last});
-    x = h + vit.mlp(l, h);
+    x = vit.mlp(l, vit.attention(l, x, {.class_token_only = last}));
     if (trace) {
-      trace->blocks.push_back(x);
+      trace->blocks.push_back(x.value());
     }
   }
-  return vit.class_feature(x);
+  return vit.class_feature(x.value());
 }
 
 at::Tensor pass_with_products(const VisionTransformer& vit, const at::Tensor& images,
                               const std::vector<BlockProducts>& products) {
-  at::Tensor x;
+  Residual x;
   {
     const at::NoGradGuard no_grad;
-    x = vit.embed(images);
+    x.stream = vit.embed(images);
   }
   for (int64_t l = 0; l < vit.depth(); ++l) {
     const auto i = static_cast<size_t>(l);
     const BlockProducts* own = i < products.size() ? &products[i] : nullptr;
-    const at::Tensor h =
+    const Residual h =
         vit.attention(l, x, {.class_token_only = l + 1 == vit.depth(), .products = own});
-    x = h + vit.mlp(l, h, own);
+    x = vit.mlp(l, h, own);
   }
-  return x;
+  return x.value();
 }
 
 }  // namespace ntkcl::nn

@@ -94,11 +94,12 @@ class VisionTransformer {
 
   // (B, 3, S, S) -> (B, N, C): patches, class token, position embedding.
   at::Tensor embed(const at::Tensor& images) const;
-  // x + Attn(LN1(x)): (B, T, C) -> (B, T, C), or (B, 1, C) for the class token alone.
-  at::Tensor attention(int64_t block, const at::Tensor& x, const AttentionOptions& options) const;
-  // MLP(LN2(h)), without the residual: (B, T, C) -> (B, T, C).
-  at::Tensor mlp(int64_t block, const at::Tensor& hidden,
-                 const BlockProducts* products = nullptr) const;
+  // x + Attn(LN1(x)): (B, T, C) -> (B, T, C), or (B, 1, C) for the class token alone. As in `mlp`
+  // the result's stream is the value of what was given, its update the block's share.
+  Residual attention(int64_t block, const Residual& x, const AttentionOptions& options) const;
+  // h + MLP(LN2(h)): (B, T, C) -> (B, T, C).
+  Residual mlp(int64_t block, const Residual& hidden,
+               const BlockProducts* products = nullptr) const;
   // CLS row of the final LayerNorm: (B, T, C) -> (B, C).
   at::Tensor class_feature(const at::Tensor& x) const;
 

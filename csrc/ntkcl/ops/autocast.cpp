@@ -4,12 +4,14 @@
 #include "ntkcl/ops/attention.h"
 #include "ntkcl/ops/bias_relu_dropout.h"
 #include "ntkcl/ops/composed_linear.h"
+#include "ntkcl/ops/residual_layer_norm.h"
 #include "ntkcl/ops/section_cosine.h"
 
-// What torch.autocast does to the arguments: attention and the adapter's middle compute in the type
-// of qkv and x, so a float32 gate or bias is cast to it (once, as autocast keeps casts of
-// parameters); a composed linear layer computes in autocast's type, as torch's own does, and
-// composes its weight in the modules'; cosines compute in float32, as torch's cosine_similarity.
+// What torch.autocast does to the arguments: attention, the adapter's middle and a LayerNorm
+// compute in the type of qkv, x and the stream, so a float32 gate, bias or weight is cast to it
+// (once, as autocast keeps casts of parameters); a composed linear layer computes in autocast's
+// type, as torch's own does, and composes its weight in the modules'; cosines compute in float32,
+// as torch's cosine_similarity.
 namespace ntkcl::ops {
 namespace {
 
@@ -49,6 +51,21 @@ at::Tensor composed_linear_autocast(const at::Tensor& x, const at::Tensor& weigh
                          composed, probe);
 }
 
+detail::FourTensors residual_layer_norm_autocast(const at::Tensor& x,
+                                                 const std::optional<at::Tensor>& update,
+                                                 const at::Tensor& weight, const at::Tensor& bias,
+                                                 double eps, std::optional<at::ScalarType> dtype) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+  const auto cast = [&](const at::Tensor& t) {
+    return cached_cast(x.scalar_type(), t, x.device().type());
+  };
+  // An update of bfloat16 is added to float32 as it is.
+  const bool as_it_is = !update || update->scalar_type() == at::kBFloat16;
+  auto [sum, out, mean, scale] = residual_layer_norm(x, as_it_is ? update : cast(*update),
+                                                     cast(weight), cast(bias), eps, dtype);
+  return {sum, out, mean, scale};
+}
+
 at::Tensor section_cosine_autocast(const at::Tensor& x, const at::Tensor& prototypes,
                                    const at::Tensor& weights) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
@@ -64,6 +81,7 @@ TORCH_LIBRARY_IMPL(ntkcl, AutocastCPU, m) {
   m.impl("attention", &attention_autocast);
   m.impl("bias_relu_dropout", &bias_relu_dropout_autocast);
   m.impl("composed_linear", &composed_linear_autocast);
+  m.impl("residual_layer_norm", &residual_layer_norm_autocast);
   m.impl("section_cosine", &section_cosine_autocast);
 }
 
@@ -71,6 +89,7 @@ TORCH_LIBRARY_IMPL(ntkcl, AutocastCUDA, m) {
   m.impl("attention", &attention_autocast);
   m.impl("bias_relu_dropout", &bias_relu_dropout_autocast);
   m.impl("composed_linear", &composed_linear_autocast);
+  m.impl("residual_layer_norm", &residual_layer_norm_autocast);
   m.impl("section_cosine", &section_cosine_autocast);
 }
 

@@ -5,6 +5,8 @@
 #include "ntkcl/ops/attention.h"
 #include "ntkcl/ops/bias_relu_dropout.h"
 #include "ntkcl/ops/composed_linear.h"
+#include "ntkcl/ops/gelu.h"
+#include "ntkcl/ops/residual_layer_norm.h"
 #include "ntkcl/ops/section_cosine.h"
 
 // The autograd functions of all operators, in one file because custom_function.h costs 10 s.
@@ -115,6 +117,61 @@ struct ComposedLinearFunction : Function<ComposedLinearFunction> {
   }
 };
 
+struct GeluFunction : Function<GeluFunction> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x) {
+    const AutoDispatchBelowADInplaceOrView guard;
+    context->save_for_backward({x});
+    return ops::gelu(x);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    return {ops::gelu_backward(grads[0], context->get_saved_variables()[0])};
+  }
+};
+
+struct ResidualLayerNormFunction : Function<ResidualLayerNormFunction> {
+  static variable_list forward(AutogradContext* context, const at::Tensor& x,
+                               const std::optional<at::Tensor>& update, const at::Tensor& weight,
+                               const at::Tensor& bias, double eps,
+                               std::optional<at::ScalarType> dtype) {
+    const AutoDispatchBelowADInplaceOrView guard;
+    const auto [sum, out, mean, scale] = residual_layer_norm(x, update, weight, bias, eps, dtype);
+    context->save_for_backward({update ? sum : x, mean, scale, weight});
+    context->saved_data["update"] = update ? update->scalar_type() : x.scalar_type();
+    context->saved_data["updated"] = update.has_value();
+    context->mark_non_differentiable(update ? variable_list{mean, scale}
+                                            : variable_list{sum, mean, scale});
+    context->set_materialize_grads(false);
+    return {sum, out, mean, scale};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    const Variable &sum_grad = grads[0], &grad = grads[1];
+    const auto type = context->saved_data["update"].toScalarType();
+    const bool updated = context->saved_data["updated"].toBool();
+    // The engine counts the tensors that were given; the result has a place for every argument.
+    const size_t weight = updated ? 2 : 1;
+    ResidualLayerNormGradients found;
+    if (grad.defined()) {
+      const bool affine =
+          context->needs_input_grad(weight) || context->needs_input_grad(weight + 1);
+      found = residual_layer_norm_backward(
+          grad, sum_grad.defined() ? std::optional(sum_grad) : std::nullopt, saved[0], saved[1],
+          saved[2], saved[3], updated ? std::optional(type) : std::nullopt, affine);
+      if (!affine) {
+        found.dweight = found.dbias = Variable();
+      }
+    } else if (sum_grad.defined()) {
+      found.dx = sum_grad;
+    }
+    const bool of_update = updated && found.dx.defined();
+    return {found.dx,      of_update ? found.of_update().to(type) : Variable(),
+            found.dweight, found.dbias,
+            Variable(),    Variable()};
+  }
+};
+
 struct SectionCosineFunction : Function<SectionCosineFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x,
                             const at::Tensor& prototypes, const at::Tensor& weights) {
@@ -163,6 +220,19 @@ at::Tensor composed_linear_autograd(const at::Tensor& x, const at::Tensor& weigh
                                        omega_scale, composed, probe);
 }
 
+at::Tensor gelu_autograd(const at::Tensor& x) {
+  return GeluFunction::apply(x);
+}
+
+detail::FourTensors residual_layer_norm_autograd(const at::Tensor& x,
+                                                 const std::optional<at::Tensor>& update,
+                                                 const at::Tensor& weight, const at::Tensor& bias,
+                                                 double eps, std::optional<at::ScalarType> dtype) {
+  const variable_list results =
+      ResidualLayerNormFunction::apply(x, update, weight, bias, eps, dtype);
+  return {results[0], results[1], results[2], results[3]};
+}
+
 at::Tensor section_cosine_autograd(const at::Tensor& x, const at::Tensor& prototypes,
                                    const at::Tensor& weights) {
   return SectionCosineFunction::apply(x, prototypes, weights);
@@ -174,11 +244,15 @@ TORCH_LIBRARY_IMPL(ntkcl, Autograd, m) {
   m.impl("attention", &attention_autograd);
   m.impl("bias_relu_dropout", &bias_relu_dropout_autograd);
   m.impl("composed_linear", &composed_linear_autograd);
+  m.impl("gelu", &gelu_autograd);
+  m.impl("residual_layer_norm", &residual_layer_norm_autograd);
   m.impl("section_cosine", &section_cosine_autograd);
   // Second derivatives are an error when asked for, not silently zero.
   m.impl("attention_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("bias_relu_dropout_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("composed_linear_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("gelu_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("residual_layer_norm_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("section_cosine_backward", torch::autograd::autogradNotImplementedFallback());
 }
 

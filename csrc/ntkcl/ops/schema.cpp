@@ -39,7 +39,16 @@ TORCH_LIBRARY(ntkcl, m) {
       " float[] scale, Tensor? old_down, Tensor? old_up, Tensor? omega, float[] omega_scale,"
       " bool[7] wanted, bool entries=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
+  m.def("gelu(Tensor x) -> Tensor");
+  m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
   m.def("philox_keep_mask(Tensor key, SymInt[] size, float p) -> Tensor");
+  m.def(
+      "residual_layer_norm(Tensor x, Tensor? update, Tensor weight, Tensor bias, float eps,"
+      " ScalarType? dtype=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "residual_layer_norm_backward(Tensor grad, Tensor? sum_grad, Tensor sum, Tensor mean,"
+      " Tensor scale, Tensor weight, ScalarType? update_dtype, bool affine)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("section_cosine(Tensor x, Tensor prototypes, Tensor weights) -> Tensor");
   m.def(
       "section_cosine_backward(Tensor grad, Tensor x, Tensor prototypes, Tensor weights)"
