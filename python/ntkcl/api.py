@@ -90,9 +90,11 @@ def train(
     if isinstance(own, Method):
         keywords["method"] = register_object(own)
     arrays = keywords.get("dataset")
-    if not isinstance(arrays, Mapping):
-        return run(resolve(keywords, config), callbacks=callbacks)
-    return run(resolve(keywords | {"dataset": ARRAYS}, config), arrays, callbacks)
+    if isinstance(arrays, Mapping):
+        keywords["dataset"] = ARRAYS
+    else:
+        arrays = None
+    return _on_ranks(arrays, callbacks, lambda call: _run_resolved(resolve(keywords, config), call))
 
 
 def run(
@@ -101,17 +103,7 @@ def run(
     callbacks: Sequence[Callback] = (),
 ) -> Result | Results:
     """Runs a resolved configuration; `arrays` are the images of dataset "arrays"."""
-    for caution in cautions(config):
-        warnings.warn(f"[config] {caution}", stacklevel=3)
-    if config.resume and config.output is None:
-        raise ValueError("[config] 'resume': expected an 'output' to go on with, got none")
-
-    def all_seeds(call: _Call) -> Result | Results:
-        if config.seeds is not None:
-            return seeds.run_seeds(config, lambda one: _run_one(one, call))
-        return _run_one(config, call)
-
-    return _together(config, arrays, callbacks, all_seeds)
+    return _on_ranks(arrays, callbacks, lambda call: _run_resolved(config, call))
 
 
 def resume(
@@ -142,31 +134,31 @@ def resume(
       ValueError: its images or weights are others now; no checkpoint is whole; another process
         writes to it.
     """
-    path = Path(run).expanduser()
-    several = seeds.are_in(path)
-    if not several and not RunFolder.is_run(path):
-        raise FileNotFoundError(
-            f"[resume] expected the folder of a run, got no config.toml in '{path}'"
-        )
     arrays = dataset if isinstance(dataset, Mapping) else None
     moved: dict[str, Any] = {
         "dataset": dataset if arrays is None else ARRAYS,
         "data_root": data_root,
         "weights": weights,
-        "output": path,
         "progress": progress,
     }
     given = {key: value for key, value in moved.items() if value is not None}
-    if several:
-        config = resolve(given | {"resume": True}, path / SEEDS_FILE)
-        return _together(
-            config,
-            arrays,
-            callbacks,
-            lambda call: seeds.run_seeds(config, lambda one: _run_one(one, call)),
+    return _on_ranks(arrays, callbacks, lambda call: _resume(Path(run).expanduser(), given, call))
+
+
+def _resume(path: Path, given: Mapping[str, Any], call: _Call) -> Result | Results:
+    several = seeds.are_in(path)
+    if not several and not RunFolder.is_run(path):
+        raise FileNotFoundError(
+            f"[resume] expected the folder of a run, got no config.toml in '{path}'"
         )
-    config = resolve(given, path / "config.toml")
-    return _together(config, arrays, callbacks, lambda call: _go_on(config, call))
+    here = {**given, "output": path}
+    if several:
+        config = resolve(here | {"resume": True}, path / SEEDS_FILE)
+        call.ranks.begin(config.device)
+        return seeds.run_seeds(config, lambda one: _run_one(one, call))
+    config = resolve(here, path / "config.toml")
+    call.ranks.begin(config.device)
+    return _go_on(config, call)
 
 
 def list_methods() -> list[str]:
@@ -204,14 +196,13 @@ class _Call:
     ranks: Ranks
 
 
-def _together(
-    config: Config,
+def _on_ranks(
     arrays: Mapping[str, Any] | None,
     callbacks: Sequence[Callback],
     lead: Callable[[_Call], Result | Results],
 ) -> Result | Results:
     """What rank 0 makes, on every rank."""
-    ranks = join(config.device)
+    ranks = join()
     call = _Call(arrays, callbacks, ranks)
     if not ranks.leads:
         return _result_told(ranks.follow(lambda order: _train_along(order, call)))
@@ -247,6 +238,17 @@ def _train_along(order: Order, call: _Call) -> None:
             )
     with _StopSignal() as stop:
         trainer.run(None, stop, None, order.checkpoint)
+
+
+def _run_resolved(config: Config, call: _Call) -> Result | Results:
+    for caution in cautions(config):
+        warnings.warn(f"[config] {caution}", stacklevel=5)
+    if config.resume and config.output is None:
+        raise ValueError("[config] 'resume': expected an 'output' to go on with, got none")
+    call.ranks.begin(config.device)
+    if config.seeds is not None:
+        return seeds.run_seeds(config, lambda one: _run_one(one, call))
+    return _run_one(config, call)
 
 
 def _run_one(config: Config, call: _Call) -> Result:
@@ -300,7 +302,7 @@ def _check_environment(config: Config, now: Mapping[str, Any], begun: Mapping[st
             )
     may_round = ("ntkcl", "torch", "cpu", "gpu", "ranks")
     for key in (*may_round, *(["threads"] if config.threads == 0 else [])):
-        if now[key] != begun.get(key):
+        if now[key] != begun.get(key, now[key]):
             logger.warning(
                 "[resume] %s: %s, the run was begun with %.80s: the result may differ from an "
                 "uninterrupted run's in the last bits",
@@ -320,7 +322,7 @@ def _prepare(config: Config, call: _Call) -> tuple[_C.Trainer, dict[str, Any]]:
     weights = load_backbone(config.backbone, config.weights)
     order = _class_order(config, len(dataset.class_names))
     return (
-        _make_trainer(config, dataset, weights, order, call.ranks.group),
+        _make_trainer(config, dataset, weights, order, call.ranks.groups(config.device)),
         _environment(weights, dataset, order, call.ranks),
     )
 
@@ -352,7 +354,8 @@ def _run(
                 if True in [listener(event) for listener in listeners]:
                     stop.ask()
 
-            with call.ranks.training(order):
+            call.ranks.order(order)
+            with call.ranks.training():
                 raw = trainer.run(on_event, stop, folder.save, place)
             raw["peak_memory"] = _peak_memory()
             result = result_of(raw, folder.path, config)
@@ -372,7 +375,7 @@ def _make_trainer(
     dataset: Dataset,
     weights: Weights,
     class_order: list[int],
-    group: str | None = None,
+    group: tuple[str, str] | None = None,
 ) -> _C.Trainer:
     backbone = backbone_info(config.backbone)
     transformer = _C.VisionTransformer(weights.tensors, backbone.heads, config.image_size)

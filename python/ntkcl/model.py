@@ -34,6 +34,7 @@ from ntkcl.files import read_object, read_tensors, safetensors_bytes, write_atom
 from ntkcl.methods import core_method
 from ntkcl.names import shown
 from ntkcl.progress import make_progress
+from ntkcl.ranks import are_several
 from ntkcl.result import Evaluation
 
 FORMAT = 1
@@ -178,6 +179,8 @@ class Model:
         Raises:
           ValueError: a class is known already; a class without images; a key that does not fit.
         """
+        if are_several():
+            raise ValueError("[add_task] expected a process alone, got one of several ranks")
         config = _with_keys(self.config, keys)
         train = _by_class(images, "images")
         if known := [name for name in train if name in self.classes]:

@@ -46,7 +46,7 @@ from ntkcl.config import ARRAYS, Config, flatten, override, plain_value, read_to
 from ntkcl.files import write_atomically
 from ntkcl.names import did_you_mean
 from ntkcl.progress import announce
-from ntkcl.ranks import started_by_torchrun
+from ntkcl.ranks import are_several
 from ntkcl.result import Result, Results, load_result
 from ntkcl.runfolder import RunFolder, check_same
 from ntkcl.seeds import each_seed
@@ -129,7 +129,7 @@ def sweep(grid: Grid, *, jobs: int = 1, ray: bool = False) -> dict[str, Result |
       SweepError: points failed.
       KeyboardInterrupt: Ctrl-C or SIGTERM; the same call goes on.
     """
-    if started_by_torchrun():
+    if are_several():
         raise ValueError("[sweep] expected a process alone, got one of several ranks")
     points, arrays = read_grid(grid)
     if jobs < 1:

@@ -52,8 +52,27 @@ class Centres(ntkcl.Method):
         return -torch.cdist(features, self.centres)
 
 
+class Careless(Centres):
+    """Draws what each rank draws otherwise."""
+
+    def before_task(self, task: ntkcl.Task) -> None:
+        super().before_task(task)
+        self.head = torch.empty_like(self.head).normal_(generator=_unseeded()).requires_grad_()
+
+    def after_task(self, features: torch.Tensor, labels: torch.Tensor, task: ntkcl.Task) -> None:
+        super().after_task(features, labels, task)
+        self.centres += torch.empty_like(self.centres).normal_(generator=_unseeded())
+
+
+def _unseeded() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
 def register_own_method() -> None:
     ntkcl.register("centres", Centres)
+    ntkcl.register("careless", Careless)
 
 
 def dataset_of(kind: str, folder: Path) -> Any:

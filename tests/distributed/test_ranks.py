@@ -177,8 +177,10 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "taken" / "config.toml").touch()
     cases = {
         "seeds": {"method": "simple-cil", "seeds": [0, 1]},
+        "careless": {"method": "careless", "learning_rate": 1e-3},
         "taken": {"method": "raa"},
         "small": {"method": "raa", "batch_size": 1},
+        "small test": {"method": "raa", "evaluation_batch_size": 1},
     }
     return run(2, cases, folder)
 
@@ -187,6 +189,18 @@ def test_seeds_run_one_after_the_other(several: Path) -> None:
     first, second = (found(several, "seeds", rank) for rank in (0, 1))
     assert json.dumps(first) == json.dumps(second)
     assert [one["seed"] for one in first["results"]] == [0, 1]
+
+
+def test_what_rank_0_draws_counts(several: Path, tmp_path: Path) -> None:
+    # Protects: methods with random numbers of their own; each rank scores by the same weights.
+    register_own_method()
+    images, labels = dataset_of("usual", tmp_path)["test"]
+    model = ntkcl.load(several / "careless")
+    predicted, _ = model.predict(images)
+    recorded = load_file(several / "careless" / "predictions.safetensors")
+    order = [model.classes.index(str(label)) for label in labels]
+    assert recorded["task_2.labels"].tolist() == order
+    assert [model.classes[c] for c in recorded["task_2.predictions"].tolist()] == predicted
 
 
 # ---- What goes wrong -----------------------------------------------------------------------------
@@ -239,6 +253,28 @@ def test_errors_of_rank_0_reach_the_others(several: Path) -> None:
     assert told.startswith("ConnectionError: [ranks] rank 0 has ended: ValueError: [output]")
 
 
+@pytest.mark.parametrize(
+    ("case", "error"),
+    [
+        ({"raise_at": [0, 2]}, "RuntimeError: a callback's own"),
+        ({"data": {rank: "corrupt" for rank in "01"}}, "CorruptImage"),
+    ],
+    ids=["callback", "corrupt image"],
+)
+def test_an_error_of_one_rank_ends_the_others_though_it_lives_on(
+    tmp_path: Path, case: dict[str, Any], error: str
+) -> None:
+    cases = {"first": {"method": "raa"} | case, "second": {"method": "simple-cil"}}
+    for process in start(2, cases, tmp_path):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    first = [found(tmp_path, "first", rank)["error"] for rank in (0, 1)]
+    assert sorted(e.startswith("ConnectionError: [ranks] rank") for e in first) == [False, True]
+    assert any(e.startswith(error) or "decode_image" in e for e in first)
+    for rank in (0, 1):
+        assert "start all ranks again" in found(tmp_path, "second", rank)["error"]
+
+
 def test_other_images_on_another_rank_are_refused(tmp_path: Path) -> None:
     cases = {"other": {"method": "raa", "data": {"1": "other"}}}
     processes = start(2, cases, tmp_path)
@@ -249,9 +285,10 @@ def test_other_images_on_another_rank_are_refused(tmp_path: Path) -> None:
 
 
 def test_batches_of_fewer_images_than_ranks_are_refused(several: Path) -> None:
-    for rank in (0, 1):
-        error = found(several, "small", rank)["error"]
-        assert error.startswith("ValueError: [ranks] expected batches of at least 2 images")
+    for name in ("small", "small test"):
+        assert "expected an image for each of 2 ranks" in found(several, name, 0)["error"]
+        assert found(several, name, 1)["error"].startswith("ConnectionError: [ranks] rank 0 has")
+        assert not (several / name).exists()
 
 
 def test_torchrun_starts_the_command_line(tmp_path: Path) -> None:
@@ -276,7 +313,7 @@ def test_torchrun_starts_the_command_line(tmp_path: Path) -> None:
 def test_one_process_is_no_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment(0, 1, free_port()).items():
         monkeypatch.setenv(name, value)
-    assert ntkcl.ranks.join("cpu") == ntkcl.ranks.Ranks()
+    assert ntkcl.ranks.join().size == 1
     register_own_method()
     result = ntkcl.train(
         dataset=dataset_of("usual", tmp_path), output=tmp_path / "run", method="simple-cil", **KEYS

@@ -17,20 +17,25 @@ import ntkcl
 def main() -> None:
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     register_own_method()
+    rank = ntkcl.ranks.join().rank
     for name, keywords in cases.items():
-        found = run(keywords, folder / name)
-        rank = ntkcl.ranks.join("cpu").rank
+        # The others need not see the run's folder.
+        output = folder / name if rank == 0 else Path("/nowhere") / name
+        found = run(keywords, output, rank)
         (folder / f"{name}.rank{rank}.json").write_text(json.dumps(found))
 
 
-def run(keywords: dict[str, Any], output: Path) -> dict[str, Any]:
+def run(keywords: dict[str, Any], output: Path, rank: int) -> dict[str, Any]:
     stop_at = keywords.pop("stop_at", None)
     go_on = keywords.pop("go_on", False)
-    rank = ntkcl.ranks.join("cpu").rank
+    raise_at = keywords.pop("raise_at", None)
     data = dataset_of(keywords.pop("data", {}).get(str(rank), "usual"), Path(tempfile.mkdtemp()))
 
     def stop(event: dict[str, Any]) -> bool:
-        return event["event"] == "step" and (event["task"], event["step"]) == tuple(stop_at or ())
+        place = [event["task"], event["step"]] if event["event"] == "step" else []
+        if place and place == raise_at:
+            raise RuntimeError("a callback's own")
+        return bool(place) and place == stop_at
 
     try:
         if go_on:
