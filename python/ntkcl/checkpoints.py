@@ -169,7 +169,7 @@ class Checkpoints:
         if found.get("format") != FORMAT:
             raise ValueError(
                 f"[checkpoint] '{path}': expected format {FORMAT}, "
-                f"got {shown(found.get('format'))}, written by ntkcl {shown(found.get('ntkcl'))}: "
+                f"got {shown(found.get('format'))}, written by ntkcl {found.get('ntkcl')!s:.80}: "
                 f"finish the run with that version, or remove '{self.folder}' to begin it anew "
                 "with this one"
             )

@@ -279,8 +279,6 @@ def _read(folder: Path) -> Run:
             environment = _read_environment(folder / "environment.json")
         classes = environment.get("classes") or []
         confusion, ece = _of_predictions(folder, result, len(classes))
-    except KeyError as error:
-        raise ValueError(f"[report] expected {error} in '{folder / 'result.json'}'") from None
     except (ValueError, TypeError) as error:
         error.add_note(f"in the run '{folder}'")
         raise

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import zipfile
 import zlib
 from argparse import Namespace
 from collections.abc import Iterator
@@ -249,6 +250,25 @@ def test_a_zip_of_a_version_that_python_does_not_read(
     (tmp_path / "x.zip").write_bytes(content)
     with pytest.raises(ValueError, match=r"^\[load_dataset\] expected a zip file, got"):
         load_dataset(tmp_path / "x.zip")
+
+
+def test_a_zip_entry_of_more_bytes_than_a_file_can_have(tmp_path: Path) -> None:
+    archive = zipfile.ZipFile(tmp_path / "x.zip", "w")
+    for split in ("train", "test"):
+        archive.writestr(f"{split}/ant/x.png", b"content")
+    archive.filelist[0].file_size = 1 << 63
+    archive.close()
+    with pytest.raises(ValueError, match=r"^\[load_dataset\] .*expected sizes of a file"):
+        load_dataset(tmp_path / "x.zip")
+
+
+def test_whole_numbers_of_more_than_64_bits(surfaces: dict[str, Surface]) -> None:
+    surface = surfaces["config.toml"]
+    lines = surface.seeds[0].decode().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("epochs ="))
+    lines[at] = f"epochs = {1 << 64}"
+    with pytest.raises(ValueError, match=r"'epochs': expected whole numbers of 64 bits"):
+        surface.read("\n".join(lines).encode())
 
 
 def test_a_pickle_does_not_fill_the_message() -> None:

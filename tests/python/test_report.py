@@ -322,7 +322,7 @@ def test_a_damaged_result_names_its_run(tmp_path: Path) -> None:
         compare(tmp_path / "a")
     assert caught.value.__notes__ == [f"in the run '{tmp_path / 'a'}'"]
     file.write_text("{}")
-    with pytest.raises(ValueError, match=r"\[report\] expected '\w+' in '.*a/result\.json'"):
+    with pytest.raises(ValueError, match=r"'.*a/result\.json' is damaged: '\w+': Field required"):
         compare(tmp_path / "a")
 
 

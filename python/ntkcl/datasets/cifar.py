@@ -72,5 +72,5 @@ def _cifar_member_reader(path: Path) -> Callable[[str], Any]:
 
 def _entry(content: Any, key: str, where: Path, kind: type = list) -> Any:
     if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-        raise bad_data(f"{where}: expected a dict with '{key}', {kind.__name__}")
+        raise bad_data(f"{where}: expected a dict with '{key}' of type {kind.__name__}")
     return content[key]
