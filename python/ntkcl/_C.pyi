@@ -568,10 +568,10 @@ class Trainer:
         mean: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
         std: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
         draws: collections.abc.Callable | None = None,
-        group: str | None = None,
+        group: tuple[str, str] | None = None,
     ) -> None:
         """
-        `group`: name of a torch.distributed process group whose ranks train together.
+        `group`: names of torch.distributed's process groups of the ranks that train together, one for the device's tensors and one for the CPU's.
         """
     def begin_after(
         self,
