@@ -10,16 +10,19 @@ The step is the released method's (mode both, K = 1) in a later task, after the 
     careful    every saving that torch's operators allow, the best global settings
     compiled   careful, with its blocks through torch.compile
     ours       ntkcl
+    before     ntkcl of another build, --before <its python folder>
 
 Each variant runs in a process of its own, with the same weights and batch. Losses and gradients are
 compared first, then the processes step by turns. The floor is the sum over the matrix products that
 remain after all exact savings, each alone at the best of torch's kernels, by turns with the rest.
-A time is the minimum over the rounds: the machine may be shared.
+A time is the minimum over the rounds, `faster` the ratio of such times and `median` that of the
+ratios round by round: the machine may be shared.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +147,7 @@ def worker(arguments: argparse.Namespace) -> None:
         torch.set_float32_matmul_precision("highest")
     elif kind == "plain":
         step = PlainStep(problem, device)
-    elif kind == "ours":
+    elif kind in ("before", "ours"):
         step = OurStep(problem, device, arguments.precision, arguments.threads)
     else:
         torch.set_float32_matmul_precision("medium" if device == "cpu" else "highest")
@@ -195,13 +198,12 @@ def best_seconds(product: Any, dtype: torch.dtype, device: str) -> float:
 
 def process_of(name: str, arguments: argparse.Namespace) -> Process:
     keys = ("model", "batch", "task", "device", "precision", "threads")
-    careful = name in ("careful", "compiled", "floor")
-    return Process(
-        name,
-        __file__,
-        {key: getattr(arguments, key) for key in keys},
-        CAREFUL_ENVIRONMENT if careful else {},
-    )
+    environment = {}
+    if name in ("careful", "compiled", "floor"):
+        environment = CAREFUL_ENVIRONMENT
+    elif name == "before":
+        environment = {"PYTHONPATH": str(arguments.before.resolve())}
+    return Process(name, __file__, {key: getattr(arguments, key) for key in keys}, environment)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -270,12 +272,16 @@ def show(result: dict[str, Any]) -> None:
         f"({flops['needed'] / floor / 1e9:.0f} GFLOP/s)"
     )
     first = next(iter(result["variants"].values()))
-    print(f"{'':10} {'s':>8} {'images/s':>9} {'GFLOP/s':>8} {'faster':>7} {'/ floor':>8} "
-          f"{'MiB':>7} {'loss diff':>10} {'grad diff':>10}")  # fmt: skip
+    print(
+        f"{'':10} {'s':>8} {'images/s':>9} {'GFLOP/s':>8} {'faster':>7} {'median':>7} "
+        f"{'/ floor':>8} {'MiB':>7} {'loss diff':>10} {'grad diff':>10}"
+    )
     for name, v in result["variants"].items():
+        rounds = zip(first["all_seconds"], v["all_seconds"], strict=True)
+        by_round = statistics.median(a / b for a, b in rounds)
         print(
             f"{name:10} {v['seconds']:8.3f} {v['images_per_second']:9.2f} {v['gflops']:8.0f} "
-            f"{first['seconds'] / v['seconds']:7.2f} {v['over_floor']:8.2f} "
+            f"{first['seconds'] / v['seconds']:7.2f} {by_round:7.2f} {v['over_floor']:8.2f} "
             f"{v['peak_bytes'] / 2**20:7.0f} {v['difference']['losses']:10.1e} "
             f"{v['difference']['gradients']:10.1e}"
         )
@@ -295,12 +301,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS,
                         default=["plain", "careful", "ours"])  # fmt: skip
+    parser.add_argument("--before", type=Path, help="python folder of another build")
     parser.add_argument("--json", type=Path, help="also append the result to this file, as a line")
-    parser.add_argument("--worker", choices=[*VARIANTS, "floor"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=[*VARIANTS, "before", "floor"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments)
         return
+    if arguments.before and "ours" in arguments.variants:
+        arguments.variants.insert(arguments.variants.index("ours"), "before")
     result = measure(arguments)
     show(result)
     append_result(arguments, result)
