@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import faulthandler
 import importlib.util
 import os
 import resource
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from hostile_surfaces import Surface
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 30.0  # for one input, on a machine that others use as well
+SECONDS = 15.0  # for one input, twice
 MEBIBYTES = 3072  # by which one input may raise the peak of memory: an image of 2^28 pixels
 KEPT = 20  # failing inputs of a surface that are written
 
@@ -66,6 +68,7 @@ def work(arguments: argparse.Namespace) -> int:
 
     import hostile_surfaces
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     folder = arguments.work / "files"
     shutil.rmtree(folder, ignore_errors=True)
@@ -203,6 +206,7 @@ def watch_once(
     """One life of the reader. Where the next one has to begin; None where all is read."""
     log = (arguments.work / "log.txt").open("w+b")
     at: tuple[str, int] | None = None
+    hangs = False
     with subprocess.Popen(reader(place), stdout=subprocess.PIPE, stderr=log) as process:
         for line in lines_of(process):
             kind, *fields = line.split("\t")
@@ -215,6 +219,8 @@ def watch_once(
                 count.slowest = max(count.slowest, float(fields[2]))
                 note(arguments, at, fields[3][1:-1], count, found)
                 at = None
+            else:
+                hangs = True
     log.seek(0)
     text = log.read().decode(errors="replace")
     log.close()
@@ -224,7 +230,7 @@ def watch_once(
         raise SystemExit(
             f"the reader ended between two inputs ({process.returncode}):\n{text[-4000:]}"
         )
-    end = "took too long" if process.returncode == -9 else f"ended with {process.returncode}"
+    end = "took too long" if hangs else f"ended with {process.returncode}"
     report = [line for line in text.splitlines() if "ERROR" in line or "runtime error" in line]
     note(arguments, at, f"FAILED {end}: {' '.join(report[-2:])}", counts.setdefault(at[0], Count()),
          found)  # fmt: skip
@@ -244,8 +250,14 @@ def lines_of(process: subprocess.Popen[bytes]) -> Iterator[str]:
     selector.register(process.stdout, selectors.EVENT_READ)
     rest, limit = b"", 600.0  # it begins with imports and tiny runs
     while True:
-        if not selector.select(limit):
-            process.kill()
+        # Twice: all processes may have been stopped meanwhile.
+        if not selector.select(limit) and not selector.select(limit):
+            yield "hang"
+            process.send_signal(signal.SIGABRT)  # tells where its threads are
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
             return
         got = os.read(process.stdout.fileno(), 1 << 16)
         if not got:
