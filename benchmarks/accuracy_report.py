@@ -146,10 +146,10 @@ def _completeness(protocol: Protocol, main: list[Record]) -> str:
 
 
 def _summary_table(records: list[Record]) -> str:
-    head = ("run", "input", "seeds", "A_T", "average", "forgetting", "images/s", "wall time")
+    # No times: the runs share their machine with other work, and may be paused.
+    head = ("run", "input", "seeds", "A_T", "average", "forgetting")
     rows = []
     for name, normalize, group in _groups(records):
-        seconds = statistics.fmean(record["wall_seconds"] for record in group)
         rows.append(
             (
                 _title(name),
@@ -158,8 +158,6 @@ def _summary_table(records: list[Record]) -> str:
                 mean_and_error(_column(group, "final_accuracy")),
                 mean_and_error(_column(group, "average_accuracy")),
                 mean_and_error(_column(group, "forgetting")),
-                _rate(group),
-                f"{seconds / 60:.1f} min",
             )
         )
     return _table(head, rows) + _mixed_settings(records)
@@ -308,11 +306,6 @@ def _paired(
 
 def _column(group: list[Record], key: str) -> list[float]:
     return [math.nan if record[key] is None else record[key] for record in group]
-
-
-def _rate(group: list[Record]) -> str:
-    rate = statistics.fmean(record["images_per_second"] for record in group)
-    return f"{rate:.1f}" if rate > 0 else "trains nothing"
 
 
 def _title(name: str) -> str:

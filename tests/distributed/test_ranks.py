@@ -52,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "raa": {"method": "raa", "raa": {"adapter_dropout": 0.2}},
     "raa code": {"method": "raa", "raa": {"adapter_dropout": 0.2, "amalgamation": "code"}},
-    "ranpac": {"method": "ranpac", "ranpac": {"projection": 64}},
+    "ranpac": {"method": "ranpac", "ranpac": {"projection": 64, "ridge": 1.0}},
     "ease": {"method": "ease"},
     "fine-tune": {"method": "fine-tune", "fine_tune": {"peft": "lora", "head": "linear"}},
     "joint": {"method": "joint"},

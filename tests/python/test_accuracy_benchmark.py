@@ -217,7 +217,7 @@ def test_the_report_gives_means_standard_errors_and_differences() -> None:
     assert "| lorac-ipc - corrected | none" not in text
     assert "| 1 | 86.0 |  |\n| 2 | 65.0 | 67.0 |" in text  # corrected's matrix of seed 0
     assert "--only corrected --normalize weights --seeds 2" in text
-    assert "31.5" in text and "trains nothing" in text and "1.5 min" in text
+    assert "wall" not in text  # the machine is shared: no times
 
 
 def test_the_report_says_what_is_missing() -> None:
