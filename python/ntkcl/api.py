@@ -206,6 +206,8 @@ def _on_ranks(
     call = _Call(arrays, callbacks, ranks)
     if not ranks.leads:
         return _result_told(ranks.follow(lambda order: _train_along(order, call)))
+    if ranks.size == 1:
+        return lead(call)
     with ranks.leading():
         made = lead(call)
     results = made if isinstance(made, Results) else [made]

@@ -27,18 +27,18 @@ class ProcessGroup : public Communicator {
     for (int64_t r = 0; r < size_; ++r) {
       outputs[0].push_back(at::empty_like(own));
     }
-    finish([&] { return group(own).allgather(outputs, inputs); });
+    finish(own, [&](c10d::ProcessGroup& ranks) { return ranks.allgather(outputs, inputs); });
     return outputs[0];
   }
 
   void sum_(at::Tensor& tensor) override {
     std::vector<at::Tensor> tensors{tensor};
-    finish([&] { return group(tensor).allreduce(tensors); });
+    finish(tensor, [&](c10d::ProcessGroup& ranks) { return ranks.allreduce(tensors); });
   }
 
   void broadcast_(at::Tensor& tensor) override {
     std::vector<at::Tensor> tensors{tensor};
-    finish([&] { return group(tensor).broadcast(tensors); });
+    finish(tensor, [&](c10d::ProcessGroup& ranks) { return ranks.broadcast(tensors); });
   }
 
   bool any(bool here) override {
@@ -63,11 +63,10 @@ class ProcessGroup : public Communicator {
 
   // The backends throw errors of many classes; the reason of nearly all is that a rank is gone.
   template <class Begin>
-  void finish(Begin begin) {
+  void finish(const at::Tensor& tensor, Begin begin) {
+    c10d::ProcessGroup& ranks = group(tensor);
     try {
-      begin()->wait();
-    } catch (const RankError&) {
-      throw;
+      begin(ranks)->wait();
     } catch (const std::exception& error) {
       const std::string text = error.what();
       NTKCL_FAIL(RankError, "ranks", "rank ", rank_, " of ", size_,
