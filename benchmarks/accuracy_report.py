@@ -45,11 +45,15 @@ COMPARED = (
     ("raa", "simple-cil"),
     ("raa", "corrected"),
     ("raa", "lorac-ipc"),
+    ("corrected", "corrected-no-drift"),
+    ("corrected-raa-drift", "corrected-no-drift"),
     ("corrected-raa-drift", "corrected"),
     ("corrected-alignment", "corrected"),
     ("lorac-ipc-last", "lorac-ipc"),
     ("lorac-ipc-last-drift", "lorac-ipc-last"),
-    ("lorac-ipc-full", "lorac-ipc"),
+    ("lorac-ipc", "lorac-ipc-no-alignment"),
+    ("lorac-ipc-raa-alignment", "lorac-ipc-no-alignment"),
+    ("lorac-ipc-raa-alignment", "lorac-ipc"),
 )
 
 

@@ -106,13 +106,15 @@ _ABLATION = (
     "raa-no-drift",
     "raa-no-alignment",
 )
-# RAA's drift and alignment in the other methods.
+# RAA's drift and alignment in the other methods, and what these are without.
 _BORROWED = (
+    "corrected-no-drift",
     "corrected-raa-drift",
     "corrected-alignment",
     "lorac-ipc-last",
     "lorac-ipc-last-drift",
-    "lorac-ipc-full",
+    "lorac-ipc-no-alignment",
+    "lorac-ipc-raa-alignment",
 )
 # The main comparison: names in RUNS, and the inputs that each is run with.
 MAIN: Mapping[str, tuple[str, ...]] = {
@@ -176,6 +178,14 @@ RUNS: Mapping[str, Run] = {
     "lorac-ipc-last-drift": Run(
         *("lorac-ipc", "corrected", "the same with RAA's drift"),
         {"lorac_ipc.inference": "none", "lorac_ipc.drift": "paired"},
+    ),
+    "lorac-ipc-no-alignment": Run(
+        *("lorac-ipc", "corrected", "LoRAC+IPC without alignment"),
+        {"lorac_ipc.alignment": False},
+    ),
+    "lorac-ipc-raa-alignment": Run(
+        *("lorac-ipc", "corrected", "LoRAC+IPC with RAA's alignment"),
+        {"lorac_ipc.alignment_recipe": "raa"},
     ),
     "lorac-ipc-full": Run(
         *("lorac-ipc", "corrected", "LoRAC+IPC aligned on one full Gaussian a class"),

@@ -57,6 +57,7 @@ py::dict result_dict(const train::RunResult& result, train::Trainer& trainer) {
     predictions.append(of_images);
   }
   dict["task_sizes"] = result.task_sizes;
+  dict["forward_transfer"] = result.forward_transfer;
   dict["evaluations"] = evaluations;
   dict["predictions"] = predictions;
   dict["seconds"] = result.seconds;

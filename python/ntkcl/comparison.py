@@ -34,10 +34,10 @@ Runs = str | os.PathLike[str] | Result
 _ECE_BINS = 15
 _WORDS = 60  # characters of a value that are shown
 
-_LATE = ("stored_parameters", "peak_memory")  # metrics that older runs lack
 # Places and speed, and what the protocol has by its hash.
 _NO_SETTING = PLACE_KEYS | {
     *("threads", "device", "seed", "class_order_seed", "preset", "dataset", "weights"),
+    "forward_transfer",
 }
 _OF_PROTOCOL = [
     *("initial_classes", "increment", "train_per_class", "test_per_class", "validation_fraction"),
@@ -82,7 +82,6 @@ class Run:
         diagonal = np.diagonal(self.result.accuracy_matrix)
         return {
             **numbers,
-            **{name: numbers.get(name, math.nan) for name in _LATE},
             "top5": last.top5,
             "task_id": last.task_id,
             "within_task": last.within_task,

@@ -72,6 +72,9 @@ class Lines(Silent):
             f"{_loss_text(event['losses'])}  {event['images_per_second']:.0f} images/s"
         )
 
+    def on_forward_transfer(self, event: Event) -> None:
+        self.say(f"{_task_text(event, self._tasks)}  {_transfer_text(event)}")
+
     def on_evaluation(self, event: Event) -> None:
         self.say(f"{_task_text(event, self._tasks)}  {_accuracy_text(event)}")
 
@@ -141,6 +144,9 @@ class Live(Silent):
             detail="",
         )
 
+    def on_forward_transfer(self, event: Event) -> None:
+        self.say(f"{_task_text(event, self._tasks)}  {_transfer_text(event)}")
+
     def on_evaluation(self, event: Event) -> None:
         self.say(f"{_task_text(event, self._tasks)}  {_accuracy_text(event)}")
 
@@ -203,6 +209,13 @@ def _task_text(event: Event, tasks: int) -> str:
 
 def _accuracy_text(event: Event) -> str:
     return f"accuracy {event['top1']:.2f} % on {event['count']} test images of all classes seen"
+
+
+def _transfer_text(event: Event) -> str:
+    return (
+        f"before training, class means tell its classes apart in {event['learned']:.2f} % "
+        f"(pretrained: {event['pretrained']:.2f} %)"
+    )
 
 
 def _loss_text(losses: Mapping[str, float]) -> str:

@@ -29,6 +29,7 @@ METRICS = (
     "average_task_mean",
     "forgetting",
     "backward_transfer",
+    "forward_transfer",
 )
 HEADLINE = ("final_accuracy", "average_accuracy", "forgetting", "backward_transfer")
 
@@ -79,6 +80,9 @@ class Result:
       forgetting: the mean over earlier tasks of best minus final accuracy; 0 with one task.
       backward_transfer: the mean over earlier tasks of final accuracy minus that right after the
         task; 0 with one task.
+      forward_transfer: with the option of this name, what the features learned so far are worth for
+        a task before it is learned: accuracy of the nearest class mean among its classes by them
+        minus that by the pretrained backbone's, the mean over all tasks but the first; else NaN.
       accuracy_matrix: (T, T), [i, j]: the accuracy on task j after task i; NaN for j > i.
       evaluations: the test after each task.
       seconds: wall time of the run.
@@ -98,6 +102,7 @@ class Result:
     average_task_mean: float
     forgetting: float
     backward_transfer: float
+    forward_transfer: float
     accuracy_matrix: NDArray[np.float64]
     evaluations: tuple[Evaluation, ...]
     seconds: float

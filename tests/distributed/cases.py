@@ -17,6 +17,7 @@ KEYS: dict[str, Any] = TINY | {
     "initial_epochs": 2,
     "batch_size": 5,
     "evaluation_batch_size": 7,
+    "forward_transfer": True,
 }
 
 
@@ -64,6 +65,15 @@ class Careless(Centres):
         self.centres += torch.empty_like(self.centres).normal_(generator=_unseeded())
 
 
+class Uneven(Centres):
+    """Keeps a row more on every later rank."""
+
+    def after_task(self, features: torch.Tensor, labels: torch.Tensor, task: ntkcl.Task) -> None:
+        super().after_task(features, labels, task)
+        more = torch.zeros(ntkcl.ranks.join().rank, self.width, dtype=torch.float64)
+        self.centres = torch.cat([self.centres, more])
+
+
 def _unseeded() -> torch.Generator:
     generator = torch.Generator()
     generator.seed()
@@ -73,6 +83,7 @@ def _unseeded() -> torch.Generator:
 def register_own_method() -> None:
     ntkcl.register("centres", Centres)
     ntkcl.register("careless", Careless)
+    ntkcl.register("uneven", Uneven)
 
 
 def dataset_of(kind: str, folder: Path) -> Any:

@@ -284,6 +284,14 @@ def test_other_images_on_another_rank_are_refused(tmp_path: Path) -> None:
     assert "has lost the others" in found(tmp_path, "other", 0)["error"]
 
 
+def test_tensors_of_another_size_on_another_rank_are_refused(tmp_path: Path) -> None:
+    run(2, {"uneven": {"method": "uneven", "learning_rate": 1e-3}}, tmp_path)
+    for rank in (0, 1):
+        error = found(tmp_path, "uneven", rank)["error"]
+        assert error.startswith("ValueError: [ranks] rank 1 has learned tensors of other names,")
+        assert "own.centres" in error
+
+
 def test_batches_of_fewer_images_than_ranks_are_refused(several: Path) -> None:
     for name in ("small", "small test"):
         assert "expected an image for each of 2 ranks" in found(several, name, 0)["error"]

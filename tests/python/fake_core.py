@@ -112,6 +112,7 @@ class FakeTrainer:
             "average_task_mean": 88.75,
             "forgetting": 3.75,
             "backward_transfer": -3.75,
+            "forward_transfer": math.nan,
             "seconds": 3.0,
             "training_seconds": 2.0,
             "images_per_second": 96.0,

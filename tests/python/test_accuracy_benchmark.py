@@ -209,7 +209,7 @@ def test_a_record_that_was_cut_short_is_named(tmp_path: Path) -> None:
 
 def test_the_report_gives_means_standard_errors_and_differences() -> None:
     text = report.render(full_comparison(), [])
-    assert "All 58 runs of the main comparison are recorded." in text
+    assert "All 64 runs of the main comparison are recorded." in text
     assert "62.00 ± 1.15" in text  # release: 60, 62, 64
     assert "| corrected - release | none | 0, 1, 2 | 6.00 ± 0.00 | 6.00 ± 0.00 | 0.00" in text
     assert "| corrected - simple-cil | weights | 0, 1, 2 | 16.00 ± 0.00 | 16.00 ± 0.00 |" in text
@@ -254,7 +254,7 @@ def test_the_report_is_written_beside_its_records(tmp_path: Path) -> None:
     for record in full_comparison():
         runs.append_record(tmp_path / "results" / "accuracy.jsonl", record)
     accuracy.write_report(tmp_path)
-    assert "All 58 runs" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "All 64 runs" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
 
 def test_sigterm_stops_as_ctrl_c_does() -> None:

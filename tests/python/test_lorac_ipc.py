@@ -282,6 +282,68 @@ def test_alignment_with_full_covariances(tmp_path: Path) -> None:
     assert tensors["alignment.means"].numel() == 0
 
 
+def test_the_alignment_of_raa() -> None:
+    # Section 5.3 of RAA's specification, with its published numbers, on LoRAC's own head.
+    epochs, samples, seen = 5, 256, 4
+    noise = torch.Generator().manual_seed(3)
+    normals = torch.randn(epochs, seen, samples, 96, generator=noise, dtype=torch.float64)
+    orders = [torch.randperm(seen * samples, generator=noise) for _ in range(epochs)]
+
+    def draws(purpose: str, task: int, step: int, number: int, layer: int) -> torch.Tensor | None:
+        given = {
+            "alignment.order": lambda: orders[step],
+            "alignment.normals": lambda: normals[step, number],
+        }
+        return given[purpose]() if purpose in given else None
+
+    states = []
+    for recipe in ({"alignment": False}, {"alignment_recipe": "raa"}):
+        method = session(recipe, train={"precision": "float64"}, draws=draws)
+        a_task(method, 0)
+        a_task(method, 1)
+        states.append(method.state())
+    trained, aligned = states
+    means = aligned["alignment.full.means"]
+    features = [
+        method.features(
+            pixels(images_of(2 * t + 2, 8, np.random.default_rng(t))[0][16 * t :]).double()
+        )["features"]
+        for t in range(2)
+    ]
+    torch.testing.assert_close(means[2:], features[1].unflatten(0, (2, 8)).mean(1))
+    covariances = [torch.cov(x.T) + 1e-3 * torch.eye(96) for x in features[1].unflatten(0, (2, 8))]
+    factors = [factor_of(aligned["alignment.full.factors"][c]) for c in range(seen)]
+    for factor, covariance in zip(factors[2:], covariances, strict=True):
+        torch.testing.assert_close(factor @ factor.T, covariance)
+    weight, bias = (
+        trained[f"head.{name}"][:seen].clone().requires_grad_() for name in ("weight", "bias")
+    )
+    sgd = torch.optim.SGD([weight, bias], lr=0.01, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, epochs)
+    kappa = [0.95, 0.95, 1.0, 1.0]
+    for epoch in range(epochs):
+        rows = torch.cat(
+            [kappa[c] * means[c] + normals[epoch, c] @ factors[c].T for c in range(seen)]
+        )
+        for part in orders[epoch].split(samples):
+            logits = torch.nn.functional.linear(rows[part], weight, bias)
+            loss = torch.nn.functional.cross_entropy(logits, part // samples)
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+        schedule.step()
+    for name, expected in (("weight", weight), ("bias", bias)):
+        torch.testing.assert_close(aligned[f"head.{name}"][:seen], expected.detach())
+        assert torch.equal(aligned[f"head.{name}"][seen:], trained[f"head.{name}"][seen:])
+
+
+def factor_of(packed: torch.Tensor) -> torch.Tensor:
+    """The lower triangle, row after row."""
+    factor = torch.zeros(96, 96, dtype=packed.dtype)
+    factor[*torch.tril_indices(96, 96)] = packed
+    return factor
+
+
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
 def test_drift_moves_the_means_of_old_classes(covariance: str) -> None:
     # RAA's drift: those of the new classes stay as they are, and what is inferred too.

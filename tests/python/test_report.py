@@ -360,9 +360,19 @@ def test_the_page_holds_all_it_shows(tmp_path: Path) -> None:
         "Differs from protocol 1: normalize: none here, weights there",
         "87.50 ± 0.00",
         "28.33 ± 7.07",  # ECE of 33.3 and 23.3
-        "Forward transfer (Lopez-Paz and Ranzato 2017) is not among them",
+        "forward transfer: Lopez-Paz and Ranzato 2017",
     ):
         assert words in page.words
+
+
+def test_a_column_of_nothing_is_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    shown = re.findall(r"<th>(.*?)</th>", ntkcl.report(tmp_path, tmp_path / "r.html").read_text())
+    assert "backward transfer" in shown
+    assert not {"forward transfer", "ECE"} & set(shown[: shown.index("memory")])
+    write_run(tmp_path / "b", seed=1, numbers={"forward_transfer": 1.5})
+    page = ntkcl.report(tmp_path, tmp_path / "r.html").read_text()
+    assert "forward transfer" in re.findall(r"<th>(.*?)</th>", page)
 
 
 def test_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:

@@ -69,7 +69,12 @@ CASES: dict[str, dict[str, Any]] = {
     "joint": {"method": "joint", "joint": {"head": "linear"}},
     "held out, few read": {"method": "raa", "validation_fraction": 0.25, "initial_epochs": 1},
 }
-KEYS = {"epochs": 2, "transform": "inception", "initial_learning_rate": 0.01}
+KEYS = {
+    "epochs": 2,
+    "transform": "inception",
+    "initial_learning_rate": 0.01,
+    "forward_transfer": True,
+}
 
 
 class Stops:

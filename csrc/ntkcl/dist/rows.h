@@ -17,7 +17,6 @@ class Rows {
   // A rank's part of `total` rows; the first ranks have one more where they cannot be equal.
   Rows(std::shared_ptr<Communicator> ranks, int64_t total);
 
-  int64_t first() const { return first_; }
   int64_t count() const { return count_; }
   int64_t total() const { return total_; }
   bool shared() const { return ranks_ != nullptr; }

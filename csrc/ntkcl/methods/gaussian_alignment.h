@@ -18,7 +18,8 @@ struct GaussianAlignmentOptions {
   int64_t samples = 256;
   double lowest_mean = 0.9;
   double covariance_eps = 1e-3;
-  double momentum = 0.9, weight_decay = 5e-4;  // as published; no keys
+  double momentum = 0.9;
+  double weight_decay = 5e-4;
 
   template <class Visitor>
   void visit(Visitor& v) {
@@ -28,6 +29,8 @@ struct GaussianAlignmentOptions {
     v("alignment_epochs", epochs, at_least(1), "epochs of the alignment");
     v("alignment_learning_rate", learning_rate, at_least(0),
       "learning rate of the alignment, cosine to 0");
+    v("alignment_momentum", momentum, at_least(0).below(1), "momentum of the alignment's SGD");
+    v("alignment_weight_decay", weight_decay, at_least(0), "weight decay of the alignment");
     v("alignment_samples", samples, at_least(1),
       "features drawn of each class in an epoch, and of a step");
     v("alignment_mean", lowest_mean, at_least(0).at_most(1),

@@ -16,6 +16,8 @@ namespace {
 constexpr const char* kWhere = "head_alignment";
 constexpr double kVarianceFloor = 1e-4;
 
+}  // namespace
+
 at::Tensor logits_of(const Head& head, const at::Tensor& features, int64_t seen) {
   at::Tensor x = features;
   if (head.norm_weight.defined()) {
@@ -24,7 +26,7 @@ at::Tensor logits_of(const Head& head, const at::Tensor& features, int64_t seen)
   return at::linear(x, head.weight.narrow(0, 0, seen), head.bias.narrow(0, 0, seen));
 }
 
-std::vector<at::Tensor> trained(const Head& head) {
+std::vector<at::Tensor> trained_of(const Head& head) {
   std::vector<at::Tensor> tensors{head.weight, head.bias};
   if (head.norm_weight.defined()) {
     tensors.push_back(head.norm_weight);
@@ -32,8 +34,6 @@ std::vector<at::Tensor> trained(const Head& head) {
   }
   return tensors;
 }
-
-}  // namespace
 
 std::pair<at::Tensor, at::Tensor> cluster_moments(const at::Tensor& rows, const at::Tensor& labels,
                                                   int64_t clusters) {
@@ -95,7 +95,7 @@ std::vector<double> align_head(Head head, const FeatureDraws& features, int64_t 
             numbers.div(features.of_class, "floor").to(head.weight.device())};
   };
   return train_head(
-             trained(head), [&](const at::Tensor& x) { return logits_of(head, x, seen); }, draw,
+             trained_of(head), [&](const at::Tensor& x) { return logits_of(head, x, seen); }, draw,
              {.epochs = options.epochs,
               .learning_rate = options.learning_rate,
               .momentum = options.momentum,

@@ -37,6 +37,11 @@ struct Head {
   at::Tensor norm_weight, norm_bias;  // (C), undefined without a LayerNorm before the head
 };
 
+// What of it is trained.
+std::vector<at::Tensor> trained_of(const Head& head);
+// Of features (b, C) for the first `seen` classes: (b, seen).
+at::Tensor logits_of(const Head& head, const at::Tensor& features, int64_t seen);
+
 // The random numbers of an epoch, whose n * K * n_s draws are numbered by class, cluster, draw.
 struct AlignmentDraws {
   // A random order of `count` draws: int64 (count) on the CPU.

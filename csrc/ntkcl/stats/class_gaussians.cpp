@@ -35,6 +35,11 @@ void ClassGaussians::add_class(const at::Tensor& rows, double eps) {
   if (x.size(0) > 1) {
     covariance.addmm_(centred.t(), centred, 1, 1.0 / static_cast<double>(x.size(0) - 1));
   }
+  if (!covariance.isfinite().all().item<bool>()) {
+    NTKCL_FAIL(NumericalError, kWhere, "class ", classes(), " in the order of learning: expected ",
+               "finite features, got NaN or infinity after training; a smaller learning rate may ",
+               "help");
+  }
   const auto [factor, info] = at::linalg_cholesky_ex(covariance);
   // A singular matrix may pass by rounding; NaN fails the comparison.
   const double rounding = std::numeric_limits<double>::epsilon() * static_cast<double>(width);
@@ -43,8 +48,8 @@ void ClassGaussians::add_class(const at::Tensor& rows, double eps) {
   if (info.item<int64_t>() != 0 || !regular) {
     NTKCL_FAIL(NumericalError, kWhere, "class ", classes(), " in the order of learning: the ",
                "covariance of its ", x.size(0), " features of ", width,
-               " numbers is not finite and positive definite with ", eps,
-               " on the diagonal; expected finite features and a larger covariance_eps");
+               " numbers is not positive definite with ", eps,
+               " on the diagonal; expected a larger covariance_eps");
   }
   means_ = at::cat({means_, mean.to(means_.scalar_type()).unsqueeze(0)});
   factors_.push_back(factor.flatten().index_select(0, places_).to(means_.scalar_type()));

@@ -2,6 +2,7 @@
 
 #include <map>
 #include <string>
+#include <vector>
 
 #include "ntkcl/methods/state.h"
 
@@ -23,6 +24,7 @@ struct Progress {
   int64_t trainable_parameters = 0;
   double seconds = 0;
   double training_seconds = 0;
+  std::vector<double> forward_transfer;  // of the tasks that have begun, see RunResult
 
   template <class Visitor>
   void visit(Visitor& v) {
@@ -37,6 +39,7 @@ struct Progress {
     v("trainable_parameters", trainable_parameters);
     v("seconds", seconds);
     v("training_seconds", training_seconds);
+    v("forward_transfer", forward_transfer);
   }
 };
 

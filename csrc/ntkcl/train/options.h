@@ -26,6 +26,7 @@ struct TrainOptions {
   bool recompute = false;
   double checkpoint_minutes = 5;
   int64_t checkpoint_steps = 0;
+  bool forward_transfer = false;
   optim::OptimizerOptions optimizer;
   optim::ScheduleOptions schedule;
 
@@ -66,6 +67,9 @@ struct TrainOptions {
       "after each task; 0: only there");
     v("checkpoint_steps", checkpoint_steps, at_least(0),
       "steps after which one is written, too; 0: not by steps");
+    v("forward_transfer", forward_transfer, anything(),
+      "measure before each task but the first what the features learned so far are worth for it: "
+      "two more passes over its images; changes no result");
     optimizer.visit(v);
     schedule.visit(v);
   }

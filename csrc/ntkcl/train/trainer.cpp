@@ -10,6 +10,7 @@
 #include "ntkcl/core/error.h"
 #include "ntkcl/scenario/task_split.h"
 #include "ntkcl/train/compute_setup.h"
+#include "ntkcl/train/nearest_mean.h"
 
 namespace ntkcl::train {
 Trainer::Trainer(const methods::MakeMethod& make, TrainOptions options,
@@ -124,6 +125,11 @@ RunResult Trainer::run_tasks() {
   result.trainable_parameters = progress_.trainable_parameters;
   method_->visit_state(
       [&](const std::string&, at::Tensor& tensor) { result.stored_parameters += tensor.numel(); });
+  const std::vector<double>& gains = progress_.forward_transfer;
+  if (!gains.empty()) {
+    result.forward_transfer =
+        std::accumulate(gains.begin(), gains.end(), 0.0) / static_cast<double>(gains.size());
+  }
   result.skipped_images = images_.first.skipped().numel() + images_.second.skipped().numel();
   return result;
 }
@@ -143,6 +149,9 @@ methods::TaskInfo Trainer::info_of(int64_t task) const {
 void Trainer::run_task() {
   const Stopwatch watch;
   if (!progress_.begun) {
+    if (options_.forward_transfer && !info_.first()) {
+      measure_forward_transfer();
+    }
     method_->before_task(*this);
     share_state();
     progress_.begun = true;
@@ -178,10 +187,26 @@ void Trainer::run_task() {
 
 // ---- Training ----
 
+void Trainer::check_states_fit() {
+  std::string tensors;
+  method_->visit_state([&](const std::string& name, at::Tensor& tensor) {
+    tensors += name + " " + tensor.toString() + " " + c10::str(tensor.sizes()) + "\n";
+  });
+  const auto digest = static_cast<int64_t>(std::hash<std::string>()(tensors));
+  const auto of_ranks = ranks_->gather(at::full({1}, digest, at::kLong));
+  for (size_t rank = 1; rank < of_ranks.size(); ++rank) {
+    NTKCL_CHECK(at::equal(of_ranks[rank], of_ranks[0]), "ranks", "rank ", rank,
+                " has learned tensors of other names, types or sizes than rank 0 in task ",
+                info_.index, ": expected the same images and draws on every rank; here are\n",
+                tensors);
+  }
+}
+
 void Trainer::share_state() {
   if (ranks_->size() == 1) {
     return;
   }
+  check_states_fit();
   const at::NoGradGuard no_grad;
   method_->visit_state([&](const std::string&, at::Tensor& tensor) {
     if (tensor.numel() == 0) {
@@ -432,6 +457,28 @@ stats::Evaluation Trainer::evaluate_and_report(
   fields.insert(fields.end(), figures.begin(), figures.end());
   emit(event, std::move(fields));
   return e;
+}
+
+void Trainer::measure_forward_transfer() {
+  NearestMean learned(info_), pretrained(info_);
+  const auto pass_to = [&](ImageSet& set, const std::string& images,
+                           void (NearestMean::*take)(const at::Tensor&, const at::Tensor&)) {
+    pass(set, {.images = set.of_classes(info_.n_old, info_.n_new)}, "forward transfer, " + images,
+         [&](const methods::Batch& batch) {
+           (learned.*take)(batch.whole(method_->features_of(batch.images)), batch.labels);
+           (pretrained.*take)(batch.whole(nn::plain_pass(vit_, vit_.prefix(batch.images))),
+                              batch.labels);
+         });
+  };
+  pass_to(images_.first, "training images", &NearestMean::learn);
+  pass_to(images_.second, "test images", &NearestMean::test);
+  const double gain = learned.accuracy() - pretrained.accuracy();
+  if (std::isfinite(gain)) {  // there are test images
+    progress_.forward_transfer.push_back(gain);
+  }
+  emit("forward_transfer", {{"task", info_.index},
+                            {"learned", learned.accuracy()},
+                            {"pretrained", pretrained.accuracy()}});
 }
 
 void Trainer::evaluate(const std::string& tag) {

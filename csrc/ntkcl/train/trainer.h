@@ -1,6 +1,7 @@
 #pragma once
 
 #include <chrono>
+#include <limits>
 #include <memory>
 #include <optional>
 
@@ -22,6 +23,11 @@ struct RunResult {
   int64_t trainable_parameters = 0;
   int64_t stored_parameters = 0;  // numbers in the method's state after the last task
   int64_t skipped_images = 0;
+  // Before each task but the first: the accuracy on its classes alone of the nearest class mean
+  // (nearest_mean.h) by the features learned so far, minus that by the pretrained backbone's; the
+  // mean over the tasks. Lopez-Paz and Ranzato 2017, eq. 4, with class means in the place of the
+  // head, which knows nothing of classes to come. NaN where it is not measured.
+  double forward_transfer = std::numeric_limits<double>::quiet_NaN();
 };
 
 // Who accompanies a run; each may be empty.
@@ -93,10 +99,12 @@ class Trainer : private methods::TaskServices {
 
   RunResult run_tasks();
   void run_task();
+  void measure_forward_transfer();
   // What rank 0 has learned, on every rank: where each has computed it for itself, a method's own
   // random numbers or another processor's rounding may have made it differ.
   void share_state();
-  void begin_training();  // makes the optimiser of what the method trains
+  void check_states_fit();  // ValueError on every rank where they do not
+  void begin_training();    // makes the optimiser of what the method trains
   void train_task();
   void train_epoch(int64_t epochs, double learning_rate);
   void train_step(const methods::Batch& batch, double learning_rate);

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "ntkcl/core/error.h"
@@ -75,6 +76,11 @@ void Trainer::check_place(const Progress& p) const {
               "resume", "expected counts and times from 0 on, got ", p.training_images, " images, ",
               p.trainable_parameters, " parameters, ", p.seconds, " and ", p.training_seconds,
               " seconds");
+  const std::vector<double>& gains = p.forward_transfer;
+  NTKCL_CHECK(static_cast<int64_t>(gains.size()) <= p.task &&
+                  std::ranges::all_of(gains, [](double g) { return std::abs(g) <= 100; }),
+              "resume", "'forward_transfer': expected at most ", p.task,
+              " differences of percentages, got ", at::ArrayRef<double>(gains));
 }
 
 void Trainer::restore(const Checkpoint& from) {

@@ -49,6 +49,9 @@ LoracIpc::LoracIpc(Options options, const nn::VisionTransformer& vit, int64_t ta
               kWhere, "'ipc_threshold': the released selection cannot freeze 0 of ", mask_.numel(),
               " matrices: expected 0 or at least 1 / ", mask_.numel(), ", got ",
               options_.ipc_threshold);
+  NTKCL_CHECK(options_.alignment || options_.drift == "off", kWhere,
+              "'drift': expected off without alignment, whose means it moves, got ",
+              options_.drift);
   NTKCL_CHECK(options_.init != "orthogonal" || tasks * options_.rank <= vit.width(), kWhere,
               "'init': expected at most ", vit.width(), " orthogonal columns for ", tasks,
               " tasks of rank ", options_.rank, ", got ", tasks * options_.rank);
@@ -423,9 +426,10 @@ void LoracIpc::add_clusters(const at::Tensor& rows, const std::vector<at::Tensor
 }
 
 void LoracIpc::add_full(const at::Tensor& rows, const std::vector<at::Tensor>& rows_of) {
+  const double eps = aligns_like_raa() ? GaussianAlignmentOptions().covariance_eps : kCovarianceEps;
   full_.keep(training_.task.n_old);
   for (const at::Tensor& of_class : rows_of) {
-    full_.add_class(rows.index_select(0, of_class), kCovarianceEps);
+    full_.add_class(rows.index_select(0, of_class), eps);
   }
 }
 
@@ -465,6 +469,25 @@ void LoracIpc::align(TaskServices& services) {
   if (!options_.train_aligned_head) {
     trained_head_ = copy_of(head_);
   }
+  const Head aligned = copy_of(head_);  // a repeated stage begins from head_ again
+  if (aligns_like_raa()) {
+    const GaussianAlignmentOptions published;
+    const Head seen{aligned.weight.narrow(0, 0, task.n_seen()),
+                    aligned.bias.narrow(0, 0, task.n_seen()), aligned.norm_weight,
+                    aligned.norm_bias};
+    align_on_gaussians(
+        trained_of(seen), [&](const at::Tensor& x) { return logits_of(seen, x, task.n_seen()); },
+        full_, mean_factors(task.tasks_of_classes(), task.index, published.lowest_mean), published,
+        gaussian_draws(services, full_, published));
+  } else {
+    align_on_draws(aligned, services);
+  }
+  head_ = aligned;
+}
+
+// Section 7.
+void LoracIpc::align_on_draws(const Head& head, TaskServices& services) const {
+  const TaskInfo& task = services.task();
   RandomSource& random = services.random();
   const AlignmentDraws draws{
       .permutation =
@@ -482,13 +505,11 @@ void LoracIpc::align(TaskServices& services) {
           }};
   const FeatureDraws drawn = aligns_full() ? draws_of(full_, options_.alignment_draws)
                                            : draws_of(clusters_, options_.alignment_draws);
-  const Head aligned = copy_of(head_);  // a repeated stage begins from head_ again
-  align_head(aligned, drawn, task.n_old,
+  align_head(head, drawn, task.n_old,
              {.epochs = options_.alignment_epochs,
               .learning_rate = options_.alignment_learning_rate,
               .rows = options_.alignment_draws},
              draws);
-  head_ = aligned;
 }
 
 // ---- Inference ----

@@ -4,6 +4,7 @@
 #include <mutex>
 #include <optional>
 
+#include "ntkcl/methods/gaussian_alignment.h"
 #include "ntkcl/methods/head_alignment.h"
 #include "ntkcl/methods/lorac_ipc/importance.h"
 #include "ntkcl/methods/lorac_ipc/options.h"
@@ -51,7 +52,8 @@ class LoracIpc : public Method {
 
   bool trains_norm() const { return options_.moco_norm == "new"; }
   bool drifts() const { return options_.alignment && options_.drift != "off"; }
-  bool aligns_full() const { return options_.alignment_covariance == "full"; }
+  bool aligns_like_raa() const { return options_.alignment_recipe == "raa"; }
+  bool aligns_full() const { return aligns_like_raa() || options_.alignment_covariance == "full"; }
   bool infers() const { return options_.inference != "none"; }
   int64_t last_task() const { return task_sizes_.size(0) - 1; }
   int64_t n_seen() const;
@@ -89,6 +91,7 @@ class LoracIpc : public Method {
   at::Tensor cluster(const at::Tensor& rows, int64_t clusters, const Draw& draw,
                      RandomSource& random) const;
   void align(TaskServices& services);
+  void align_on_draws(const Head& head, TaskServices& services) const;
 
   // The transformer with its weights as after task `task`. The first and the one asked for last are
   // kept.

@@ -25,6 +25,7 @@ struct Options {
   int64_t inference_clusters = 4;
   bool predict_within_task = false;
   bool alignment = true;
+  std::string alignment_recipe = "own";
   std::string alignment_covariance = "diagonal";
   int64_t alignment_clusters = 10;
   int64_t alignment_epochs = 50;
@@ -78,6 +79,9 @@ struct Options {
     v("predict_within_task", predict_within_task, anything(),
       "predict among the classes of the inferred task alone");
     v("alignment", alignment, anything(), "align the head after every task but the first");
+    v("alignment_recipe", alignment_recipe, one_of({"own", "raa"}),
+      "the method's own, which the other keys of head alignment are of; or RAA's, with the numbers "
+      "published for it");
     v("alignment_covariance", alignment_covariance, one_of({"diagonal", "full"}),
       "covariances for head alignment; full: one Gaussian a class, whatever alignment_clusters is");
     v("alignment_clusters", alignment_clusters, at_least(1),
@@ -91,7 +95,8 @@ struct Options {
       "the next task goes on from the aligned head; else from the head as it was trained");
     v("drift", drift, one_of({"off", "paired"}),
       "RAA's drift: move the means for head alignment with the features of the last task; for "
-      "inference = none, as else an image meets the weights that its class was learned with");
+      "inference = none, as else an image meets the weights that its class was learned with; needs "
+      "alignment");
     v("sigma", sigma, above(0), "width of the drift weights");
     v("k_mask", k_mask, one_of({"query", "own"}), "repair 12.1: the mask of k's current module");
     v("selection", selection, one_of({"release", "exact"}),

@@ -44,7 +44,7 @@ struct Options {
       "repair 8.3: the same mixtures and dropout in both passes of a SAM step");
     v("drift", drift, one_of({"off", "paired", "unpaired"}),
       "repair 8.4: move old prototypes with the features of the same images before and after "
-      "training; as released of other images, shuffled and augmented (unpaired)");
+      "training; as released of other images, shuffled and augmented (unpaired); needs alignment");
     v("sigma", sigma, above(0), "width of the drift weights");
     alignment.visit(v);
     v("kappa", kappa, one_of({"release", "cumulative"}),

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
+
 #include "ntkcl/core/error.h"
 #include "ntkcl/methods/gathering.h"
 #include "ntkcl/methods/ranpac/ridge.h"
@@ -11,6 +13,7 @@ namespace ntkcl::methods::ranpac {
 namespace {
 
 constexpr double kFitted = 0.8;  // share of a task's features that a candidate is fitted on
+constexpr int64_t kRows = 1024;  // projected at a time for the sums: they are 8 M bytes each
 
 }  // namespace
 
@@ -64,35 +67,43 @@ void RanPac::run_stage(const std::string& stage, TaskServices& services) {
   head_ = SoftmaxHead(options_.head, vit_.width(), vit_.options());
   std::vector<at::Tensor> parts, labels_of;
   services.for_each_image(stage, [&](const Batch& batch) {
-    parts.push_back(projected(batch.whole(features_of(batch.images))));
+    parts.push_back(batch.whole(features_of(batch.images)));
     labels_of.push_back(batch.labels);
   });
-  const at::Tensor rows = gathered(parts, task), labels = at::cat(labels_of);
+  const at::Tensor features = gathered(parts, task), labels = at::cat(labels_of);
   rows_of_classes(labels, task);  // refuses a class without images
   const at::Tensor targets = at::one_hot(labels - task.n_old, task.n_new).to(at::kDouble);
-  const double ridge = options_.ridge > 0 ? options_.ridge : ridge_of(rows, targets, services);
+  const double ridge = options_.ridge > 0 ? options_.ridge : ridge_of(features, targets, services);
   const int64_t m = options_.projection;
   if (gram_.numel() == 0) {
     gram_ = at::zeros({m, m}, gram_.options());
   }
-  gram_.addmm_(rows.t(), rows);
-  class_sums_ = at::cat({class_sums_, rows.t().matmul(targets)}, 1);
+  at::Tensor sums = at::zeros({m, task.n_new}, gram_.options());
+  for (int64_t first = 0; first < features.size(0); first += kRows) {
+    const int64_t count = std::min(kRows, features.size(0) - first);
+    const at::Tensor rows = projected(features.narrow(0, first, count));
+    gram_.addmm_(rows.t(), rows);
+    sums.addmm_(rows.t(), targets.narrow(0, first, count));
+  }
+  class_sums_ = at::cat({class_sums_, sums}, 1);
   const RidgeSolution solution = solve_ridge(gram_, class_sums_, ridge);
   weights_ = solution.weights;
   ridge_.fill_(solution.ridge);
 }
 
 // Of the task's own features and classes, as published: old ones would have zero targets.
-double RanPac::ridge_of(const at::Tensor& rows, const at::Tensor& targets,
+double RanPac::ridge_of(const at::Tensor& features, const at::Tensor& targets,
                         TaskServices& services) const {
-  const int64_t n = rows.size(0), fitted = static_cast<int64_t>(kFitted * static_cast<double>(n));
+  const int64_t n = features.size(0),
+                fitted = static_cast<int64_t>(kFitted * static_cast<double>(n));
   NTKCL_CHECK(fitted > 0, "ranpac", "'ridge': expected at least two training images in task ",
               services.task().index, " to choose it, got ", n, "; give a number for it");
-  const at::Tensor order =
-      services.random().permutation({"ridge.split", services.task().index}, n).to(rows.device());
+  const at::Tensor order = services.random()
+                               .permutation({"ridge.split", services.task().index}, n)
+                               .to(features.device());
   const at::Tensor in = order.narrow(0, 0, fitted), out = order.narrow(0, fitted, n - fitted);
-  return best_ridge(rows.index_select(0, in), targets.index_select(0, in),
-                    rows.index_select(0, out), targets.index_select(0, out));
+  return best_ridge(projected(features.index_select(0, in)), targets.index_select(0, in),
+                    projected(features.index_select(0, out)), targets.index_select(0, out));
 }
 
 // ---- Inference ----

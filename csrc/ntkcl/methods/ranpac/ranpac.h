@@ -26,8 +26,9 @@ class RanPac : public Method {
 
  private:
   at::Tensor projected(const at::Tensor& features) const;  // (B, C) -> (B, M) float64
-  // Of the task's rows (m, M) and one-hot labels (m, n_new).
-  double ridge_of(const at::Tensor& rows, const at::Tensor& targets, TaskServices& services) const;
+  // Of the task's features (n, C) and one-hot labels (n, n_new).
+  double ridge_of(const at::Tensor& features, const at::Tensor& targets,
+                  TaskServices& services) const;
   void check_state() const;
 
   Options options_;
