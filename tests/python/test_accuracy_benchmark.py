@@ -227,10 +227,10 @@ def test_the_report_says_what_is_missing() -> None:
         if (record["name"], record["normalize"]) != ("corrected", "none") or record["seed"] == 0
     ]
     text = report.render(records, [])
-    assert "Incomplete: 2 of the 58 runs" in text
+    assert "Incomplete: 2 of the 64 runs" in text
     assert "Missing: corrected none seeds 1, 2." in text
     assert "66.00 (one seed)" in text
-    assert "Incomplete: 58 of the 58" in report.render([], [])
+    assert "Incomplete: 64 of the 64" in report.render([], [])
 
 
 def test_the_report_warns_of_seeds_run_with_different_settings() -> None:
