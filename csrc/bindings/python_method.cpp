@@ -3,13 +3,12 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <cmath>
 #include <optional>
 
 #include "bindings.h"
 #include "ntkcl/core/error.h"
 #include "ntkcl/methods/gathering.h"
-#include "ntkcl/nn/adapter.h"
+#include "ntkcl/methods/peft.h"
 
 namespace ntkcl::bindings {
 namespace {
@@ -26,7 +25,7 @@ at::Tensor tensor_of(const py::object& value, const char* hook) {
   }
 }
 
-// A method written in Python over the C++ loop: the backbone's pass and the adapters are here,
+// A method written in Python over the C++ loop: the backbone's pass and the modules are here,
 // everything above the features is there (python/ntkcl/methods.py says what it has to offer).
 // Autograd goes through both.
 class PythonMethod : public methods::Method {
@@ -43,19 +42,18 @@ class PythonMethod : public methods::Method {
   void run_stage(const std::string& stage, methods::TaskServices& services) override;
   methods::Scores scores(const at::Tensor& images) const override;
   at::Tensor features_of(const at::Tensor& images) const override;
-  // The adapters' tensors, and those that the object keeps as attributes.
+  // The modules' tensors, and those that the object keeps as attributes.
   void visit_state(const methods::StateVisitor& visitor) override;
 
  private:
-  // With gradients to the adapters where there are some.
+  // With gradients to the modules where there are some.
   at::Tensor features(const at::Tensor& images) const;
   py::object task_of(const methods::TaskInfo& info) const;
 
   py::object object_;
   const nn::VisionTransformer& vit_;
   methods::RandomSource& random_;
-  std::optional<nn::AdapterList> adapters_;
-  double scale_ = 1.0;
+  std::optional<methods::Peft> peft_;
   methods::TaskInfo task_;
 };
 
@@ -63,18 +61,12 @@ PythonMethod::PythonMethod(py::object object, const nn::VisionTransformer& vit,
                            methods::RandomSource& random)
     : object_(std::move(object)), vit_(vit), random_(random) {
   const py::gil_scoped_acquire gil;
-  const auto peft = object_.attr("peft").cast<std::string>();
-  NTKCL_CHECK(peft == "adapter" || peft == "none", kWhere,
-              "'peft': expected adapter or none, got '", peft, "'");
-  if (peft == "adapter") {
-    const auto rank = object_.attr("rank").cast<int64_t>();
-    NTKCL_CHECK(rank > 0, kWhere, "'rank': expected a positive number, got ", rank);
-    scale_ = object_.attr("scale").cast<double>();
-    const int64_t l = vit.depth(), c = vit.width();
-    const double bound = 1.0 / std::sqrt(static_cast<double>(c));
-    adapters_ = nn::AdapterList::zeros(l, rank, c, vit.options());
-    adapters_->down_weight =
-        random.uniform({"adapter.down"}, {l, rank, c}, -bound, bound, vit.options());
+  if (const auto kind = object_.attr("peft").cast<std::string>(); kind != "none") {
+    peft_.emplace(methods::PeftOptions{.kind = kind,
+                                       .rank = object_.attr("rank").cast<int64_t>(),
+                                       .scale = object_.attr("scale").cast<double>()},
+                  vit);
+    peft_->initialise(0, random);
   }
   object_.attr("width") = vit.width();
 }
@@ -111,8 +103,8 @@ std::vector<optim::ParameterGroup> PythonMethod::trained(const methods::TaskInfo
   }
   optim::ParameterGroup peft{.name = "peft", .parameters = {}},
       own{.name = "own", .parameters = {}};
-  if (adapters_) {
-    peft.parameters = adapters_->tensors();
+  if (peft_) {
+    peft.parameters = peft_->parameters();
   }
   {
     const py::gil_scoped_acquire gil;
@@ -153,9 +145,7 @@ methods::Losses PythonMethod::gradients(const methods::Batch& batch, const metho
 }
 
 at::Tensor PythonMethod::features(const at::Tensor& images) const {
-  const nn::Prefix prefix = vit_.prefix(images);
-  return adapters_ ? nn::channel_pass(vit_, prefix, *adapters_, scale_)
-                   : nn::plain_pass(vit_, prefix);
+  return peft_ ? peft_->features(images) : nn::plain_pass(vit_, vit_.prefix(images));
 }
 
 // ---- After training ----
@@ -191,8 +181,8 @@ at::Tensor PythonMethod::features_of(const at::Tensor& images) const {
 // ---- State ----
 
 void PythonMethod::visit_state(const methods::StateVisitor& visitor) {
-  if (adapters_) {
-    adapters_->visit("", visitor);
+  if (peft_) {
+    peft_->visit_state("peft.", visitor);
   }
   const py::gil_scoped_acquire gil;
   const at::NoGradGuard no_grad;

@@ -1,4 +1,4 @@
-"""Own methods: a class with a few hooks, over the C++ loop, its data and its adapters."""
+"""Own methods: a class with a few hooks, over the C++ loop, its data and its PEFT modules."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ class Task:
 
 
 class Method:
-    """A method over the features of the backbone, with adapters that the core trains.
+    """A method over the features of the backbone, with modules that the core trains.
 
-    Autograd goes through `loss` into the adapters. Tensors that are attributes of the object are
+    Autograd goes through `loss` into the modules. Tensors that are attributes of the object are
     its state, which checkpoints and models hold: make all of them in `__init__`, of any size.
 
     Attributes:
-      peft: "adapter": one beside each MLP is trained (Chen et al., AdaptFormer, 2022); "none".
-      rank, scale: of the adapters.
+      peft: what is trained in each block: "adapter", one beside the MLP (Chen et al., AdaptFormer,
+        2022); "lora", one for every matrix (Hu et al., LoRA, 2022); "prompts", mixed from the
+        tokens, behind gates (NTK-CL); "none".
+      rank: bottleneck of the adapters or rank of the LoRAs; number of a block's prompts.
+      scale: of the adapters' residual, or of the prompts that a block hands on.
       width: of the features; set before the first hook is called.
     """
 
@@ -55,7 +58,7 @@ class Method:
         """New heads and the like."""
 
     def parameters(self) -> Iterable[torch.Tensor]:
-        """What is trained beside the adapters."""
+        """What is trained beside the modules."""
         return []
 
     def loss(self, features: torch.Tensor, labels: torch.Tensor, task: Task) -> torch.Tensor:

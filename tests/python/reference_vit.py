@@ -114,6 +114,60 @@ def adapted_features(
     return layer_norm(weights, "norm", x)[:, 0]
 
 
+def gated_attention(
+    weights: dict[str, Tensor], name: str, x: Tensor, heads: int, prompts: int, gate: Tensor
+) -> Tensor:
+    """Prompts stand after the class token. All tokens attend to the others as if there were none,
+    and to the prompts apart, by each head's gate."""
+    b, n, width = x.shape
+    head = width // heads
+    qkv = linear(weights, f"{name}.qkv", x).view(b, n, 3, heads, head)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    k, key_of_prompts = (
+        torch.cat([k[:, :, :1], k[:, :, 1 + prompts :]], 2),
+        k[:, :, 1 : 1 + prompts],
+    )
+    v, value_of_prompts = (
+        torch.cat([v[:, :, :1], v[:, :, 1 + prompts :]], 2),
+        v[:, :, 1 : 1 + prompts],
+    )
+    share = (q @ k.transpose(-2, -1) * head**-0.5).softmax(dim=-1)
+    apart = (q @ key_of_prompts.transpose(-2, -1) * head**-0.5).softmax(dim=-1)
+    mixed = share @ v + gate[:, None, None] * (apart @ value_of_prompts)
+    return linear(weights, f"{name}.proj", mixed.transpose(1, 2).reshape(b, n, width))
+
+
+def prompted_features(
+    weights: dict[str, Tensor],
+    images: Tensor,
+    heads: int,
+    modules: dict[str, Tensor],
+    scale: float,
+) -> Tensor:
+    """The same with prompts that each block mixes from its tokens and hands on."""
+    x = tokens_of(weights, images)
+    count, width = len(modules["0.mix.weight"]), x.shape[2]
+    handed_on = x.new_zeros(len(x), count, width)
+    for index in range(depth_of(weights)):
+        name = f"blocks.{index}"
+        normed = layer_norm(weights, f"{name}.norm1", x)
+        if index == 0:
+            h = x + attention(weights, f"{name}.attn", normed, heads)
+            others = h
+        else:
+            gate = modules[f"{index}.gate"]
+            h = x + gated_attention(weights, f"{name}.attn", normed, heads, count, gate)
+            handed_on = h[:, 1 : 1 + count]
+            others = torch.cat([h[:, :1], h[:, 1 + count :]], 1)
+        mixed = modules[f"{index}.mix.weight"] @ others + modules[f"{index}.mix.bias"][:, None]
+        norm = modules[f"{index}.norm.weight"], modules[f"{index}.norm.bias"]
+        prompts = functional.layer_norm(mixed, (width,), *norm, EPS) + scale * handed_on
+        inner = torch.cat([others[:, :1], prompts, others[:, 1:]], 1)
+        residual = torch.cat([others[:, :1], handed_on, others[:, 1:]], 1)
+        x = residual + mlp(weights, f"{name}.mlp", layer_norm(weights, f"{name}.norm2", inner))
+    return layer_norm(weights, "norm", x)[:, 0]
+
+
 def with_lora(weights: dict[str, Tensor], modules: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights with A B / r added to every matrix; `modules` holds A and B of each block as
     "<block>.attention.down" (q, k, v and o, in, r), "<block>.attention.up", "<block>.fc1.down"

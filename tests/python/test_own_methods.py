@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ntkcl
 from ntkcl import methods
@@ -80,6 +81,27 @@ def test_adapters_and_the_methods_own_tensors_learn(tmp_path: Path) -> None:
     )
     assert any(name.endswith("up.weight") and bool(t.any()) for name, t in state.items())
     assert result.evaluations[0].top1 > 60
+
+
+@pytest.mark.parametrize("kind", ["adapter", "lora", "prompts"])
+def test_every_kind_of_module_is_trained_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    class Own(Heads):
+        peft = kind
+
+    keys = KEYS | {"method": Own(), "transform": "inception"}
+    whole = train(tmp_path / "whole", **keys)
+    modules = load_file(whole.output / "state.safetensors")
+    # What begins at zero and is read: outputs of adapters and LoRAs, gates of prompts.
+    zeros = {"adapter": "1.up.weight", "lora": "1.fc1.up", "prompts": "1.gate"}[kind]
+    assert bool(modules[f"peft.{zeros}"].any())
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", resume=True, **keys)
+    ntkcl.resume(tmp_path / "run", dataset=dataset())
+    assert differences(whole.output, tmp_path / "run") == []
 
 
 def test_a_loss_has_the_gradient_of_plain_pytorch(tmp_path: Path) -> None:
@@ -174,8 +196,12 @@ class WrongScores(Means):
         return super().scores(features)[:, :1]
 
 
-class Lora(Heads):
-    peft = "lora"
+class Prefix(Heads):
+    peft = "prefix"
+
+
+class NoRank(Heads):
+    rank = 0
 
 
 class Fails(Heads):
@@ -191,7 +217,8 @@ class Fails(Heads):
         (Text(), TypeError, "'loss': expected a tensor, got <class 'str'>"),
         (Computed(), ValueError, "tensors that were not computed from others"),
         (WrongScores(), ValueError, r"expected floating point scores \(b, 2 or more\)"),
-        (Lora(), ValueError, "'peft': expected adapter or none, got 'lora'"),
+        (Prefix(), ValueError, "'peft': expected one of: adapter, lora, prompts, got 'prefix'"),
+        (NoRank(), ValueError, "'rank': expected a positive number, got 0"),
         (Fails(), KeyError, "of the method"),
         (NoLoss(), NotImplementedError, "'NoLoss' trains but has no loss"),
     ],

@@ -27,7 +27,8 @@ std::vector<Generator> generators(const PromptList& list) {
 // LN_p(W_g x0 + b_g): (B, N, C) -> (B, P, C). b_g is the same for a token's C channels, so LN_p
 // takes it away whatever it is: it is left out, and its gradient is exactly 0.
 at::Tensor generate(const Generator& g, const at::Tensor& x0) {
-  const at::Tensor mixed = at::matmul(g.mix_weight, x0);
+  // Not matmul, which transposes x0 where the weight requires a gradient.
+  const at::Tensor mixed = at::bmm(g.mix_weight.expand({x0.size(0), -1, -1}), x0);
   return layer_norm({mixed}, g.norm_weight, g.norm_bias, mixed.scalar_type()).out;
 }
 

@@ -10,6 +10,7 @@
 #include "ntkcl/methods/dropout.h"
 #include "ntkcl/methods/gathering.h"
 #include "ntkcl/methods/ntk_cl/losses.h"
+#include "ntkcl/methods/peft.h"
 #include "ntkcl/nn/cosine_head.h"
 #include "ntkcl/ops/section_cosine.h"
 #include "ntkcl/optim/running_mean.h"
@@ -87,21 +88,12 @@ int64_t NtkCl::sections() const {
 }
 
 void NtkCl::initialise(Lists& lists, int64_t number, RandomSource& random) {
-  const int64_t depth = vit_.depth(), c = vit_.width(), n = vit_.tokens();
-  const auto like = vit_.options();
-  // Kaiming-uniform with a = sqrt(5) is U(-1/sqrt(C), 1/sqrt(C)); the rest of an adapter is zero.
-  lists.channel = nn::AdapterList::zeros(depth, options_.rank, c, like);
-  lists.channel.down_weight =
-      random.uniform({"adapter.down", 0, 0, number, 0}, {depth, options_.rank, c}, -inverse_root(c),
-                     inverse_root(c), like);
-  lists.patch = nn::PromptList::zeros(depth, options_.prompt_tokens, n, c, like);
-  if (options_.prompts == "gated") {  // section 8.1
-    lists.patch.mix_weight =
-        random.uniform({"prompts.mix", 0, 0, number, 0}, {depth, options_.prompt_tokens, n},
-                       -inverse_root(n), inverse_root(n), like);
-    lists.patch.norm_weight.fill_(1.0);
-    lists.patch.gate = at::zeros({depth, vit_.heads()}, like);
-  }
+  const int64_t prompts = options_.prompt_tokens;
+  lists.channel = fresh_adapters(vit_, options_.rank, {"adapter.down", 0, 0, number}, random);
+  lists.patch = options_.prompts == "gated"  // section 8.1
+                    ? fresh_prompts(vit_, prompts, {"prompts.mix", 0, 0, number}, random)
+                    : nn::PromptList::zeros(vit_.depth(), prompts, vit_.tokens(), vit_.width(),
+                                            vit_.options());
 }
 
 // ---- Features ----
