@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ntkcl import _C
@@ -36,6 +37,22 @@ This page is written by `python -m ntkcl.reference`.
 """
 
 
+# What the settings of a method differ in, by title; in the table of its presets.
+_COLUMNS: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], float]]] = {
+    "raa": {
+        "first epochs": lambda preset: preset["initial_epochs"],
+        "later epochs": lambda preset: preset["epochs"],
+        "`rho`": lambda preset: preset["rho"],
+        "`margin`": lambda preset: preset["raa"]["margin"],
+    }
+}
+_USUAL_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "rate": lambda preset: preset["learning_rate"],
+    "batch": lambda preset: preset["batch_size"],
+    "epochs": lambda preset: preset["epochs"],
+}
+
+
 def configuration_page() -> str:
     """The page as Markdown: a table of the common keys, and one per method."""
     described = _C.describe_options()["methods"]
@@ -60,9 +77,10 @@ def preset_table(method: str) -> str:
     """The published settings of a method as Markdown, for its page in docs/methods."""
     task_means = any(name.startswith(f"{method}/") for name in PUBLISHED_TASK_MEANS)
     head = ("final task mean", "forgetting") if task_means else ("average", "final")
+    columns = _COLUMNS.get(method, _USUAL_COLUMNS)
     lines = [
-        f"| preset | classes | rate | batch | epochs | {' | '.join(head)} |",
-        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join(['preset', 'classes', *columns, *head])} |",
+        f"|{'---|' * (4 + len(columns))}",
     ]
     for name, preset in PRESETS.items():
         if preset["method"] != method:
@@ -71,7 +89,7 @@ def preset_table(method: str) -> str:
         cells = [
             f"`{name}`",
             f"{preset['initial_classes']}+{preset['increment']}",
-            *(f"{preset[key]:.4g}" for key in ("learning_rate", "batch_size", "epochs")),
+            *(f"{value(preset):.4g}" for value in columns.values()),
             *(f"{value:.2f}" for value in published or ()),
             *(["-"] * 2 if published is None else []),
         ]
