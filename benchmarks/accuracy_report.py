@@ -51,8 +51,6 @@ COMPARED = (
     ("corrected-alignment", "corrected"),
     ("lorac-ipc-last", "lorac-ipc"),
     ("lorac-ipc-last-drift", "lorac-ipc-last"),
-    ("lorac-ipc", "lorac-ipc-no-alignment"),
-    ("lorac-ipc-raa-alignment", "lorac-ipc-no-alignment"),
     ("lorac-ipc-raa-alignment", "lorac-ipc"),
 )
 

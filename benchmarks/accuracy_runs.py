@@ -113,7 +113,6 @@ _BORROWED = (
     "corrected-alignment",
     "lorac-ipc-last",
     "lorac-ipc-last-drift",
-    "lorac-ipc-no-alignment",
     "lorac-ipc-raa-alignment",
 )
 # The main comparison: names in RUNS, and the inputs that each is run with.
@@ -178,10 +177,6 @@ RUNS: Mapping[str, Run] = {
     "lorac-ipc-last-drift": Run(
         *("lorac-ipc", "corrected", "the same with RAA's drift"),
         {"lorac_ipc.inference": "none", "lorac_ipc.drift": "paired"},
-    ),
-    "lorac-ipc-no-alignment": Run(
-        *("lorac-ipc", "corrected", "LoRAC+IPC without alignment"),
-        {"lorac_ipc.alignment": False},
     ),
     "lorac-ipc-raa-alignment": Run(
         *("lorac-ipc", "corrected", "LoRAC+IPC with RAA's alignment"),

@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 import ntkcl
+from ntkcl import _C
 from ntkcl.ops import (
     attention,
     bias_relu_dropout,
@@ -256,6 +257,61 @@ def composed_case(
     )
 
 
+def sam_case(kind: str, width: int, branches: int, device: str) -> Case:
+    """A step of SAM or SAM+ on adapters of 12 blocks, beside the loops over modules of the
+    published way; gradients are given, so that the optimiser alone is timed."""
+    rank, blocks, rho, tau, rate, momentum, decay = 64, 12, 0.01, 25.0, 0.01, 0.9, 5e-4
+    shapes = [(rank, width), (rank,), (width, rank), (width,)]
+    make = [torch.randn(branches, blocks, *shape, device=device) for shape in shapes]
+    stacked = [t.clone() for t in make]
+    given = [[torch.randn_like(t) for t in make] for _ in range(2)]
+    group = _C.ParameterGroup("adapters", stacked, stacked_dims=2)
+    keys = {"rho": rho, "tau": tau, "momentum": momentum, "weight_decay": decay}
+    optimizer = _C.make_optimizer({"optimizer": kind} | keys, [group])
+    optimizer.set_learning_rate(rate)
+
+    def fill(number: int) -> None:
+        for parameter, gradient in zip(stacked, given[number], strict=True):
+            parameter.grad = gradient
+
+    def ours():
+        optimizer.step(fill)
+        return stacked
+
+    apart = [t.clone() for stack in make for t in stack.flatten(0, 1)]
+    first, second = ([t for stack in g for t in stack.flatten(0, 1)] for g in given)
+    velocity = [torch.zeros_like(t) for t in apart]
+
+    def theirs():
+        norm = torch.stack([g.norm() for g in first]).norm()
+        ascent = [g * (rho / (norm + 1e-16)) for g in first]
+        for p, e in zip(apart, ascent, strict=True):
+            p.add_(e)
+        for p, e in zip(apart, ascent, strict=True):
+            p.sub_(e)
+        for p, g, v, e in zip(apart, second, velocity, ascent, strict=True):
+            v.mul_(momentum).add_(g + decay * p)
+            damping = 1.0
+            if kind == "sam+":
+                cos = (v * e).sum() / (v.norm() * e.norm())
+                damping = (tau * (1 - torch.exp(cos - 1))).clamp(0, 1)
+            p.sub_(rate * damping * v)
+        return apart
+
+    def verify() -> None:
+        check([t for stack in ours() for t in stack.flatten(0, 1)], theirs())
+
+    count = sum(t.numel() for t in stacked)
+    return Case(
+        f"{kind} step",
+        {"width": width, "branches": branches, "parameters": count},
+        ours,
+        theirs,
+        verify,
+        4 * count * 9,
+    )
+
+
 def check(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         tolerance = 2e-2 if a.dtype == torch.bfloat16 else 1e-5
@@ -311,6 +367,10 @@ def cases(device: str):
         for width, modules in ((192, 1), (192, 9), (768, 1), (768, 9)):
             for backward in (False, True):
                 yield dtype, composed_case(3152, width, modules, dtype, device, backward)
+    # RAA's two branches on ViT-Ti and ViT-B.
+    for width in (192, 768):
+        for kind in ("sam", "sam+"):
+            yield torch.float32, sam_case(kind, width, 2, device)
     yield torch.uint8, mask_case(1 << 20, device)
     yield torch.uint8, mask_case(1 << 25, device)
 
