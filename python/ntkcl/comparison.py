@@ -27,8 +27,8 @@ from ntkcl import _C
 from ntkcl.config import PLACE_KEYS, Config, cautions
 from ntkcl.files import read_object
 from ntkcl.names import shown
-from ntkcl.result import Result, load_result
-from ntkcl.runfolder import RunFolder
+from ntkcl.result import Result
+from ntkcl.runfolder import RunFolder, load_run
 
 Runs = str | os.PathLike[str] | Result
 _ECE_BINS = 15
@@ -272,7 +272,7 @@ def _natural(name: str) -> tuple[str, int, str]:
 
 def _read(folder: Path) -> Run:
     try:
-        result = load_result(folder)
+        result = load_run(folder)
         environment: dict[str, Any] = {}
         if (folder / "environment.json").is_file():
             environment = _read_environment(folder / "environment.json")

@@ -65,10 +65,11 @@ def test_help_shows_every_key_with_its_default_and_what_is_allowed(
 
 
 def test_only_what_is_given_is_set() -> None:
-    assert parse_train(["--epochs", "3", "--config", "c.toml"]) == ("c.toml", {"epochs": 3})
-    assert parse_train([]) == (None, {})
-    assert parse_train(["--milestones"]) == (None, {"milestones": []})
-    assert parse_train(["--output", ""]) == (None, {"output": ""})
+    assert parse_train(["--epochs", "3", "--config", "c.toml"]) == ("c.toml", {"epochs": 3}, ())
+    assert parse_train([]) == (None, {}, ())
+    assert parse_train(["--milestones"]) == (None, {"milestones": []}, ())
+    assert parse_train(["--output", ""]) == (None, {"output": ""}, ())
+    assert parse_train(["--import", "a.b", "--import=c"]) == (None, {}, ("a.b", "c"))
 
 
 def test_a_file_and_the_command_line_go_together(
