@@ -34,8 +34,7 @@ import ntkcl
 from ntkcl import _C, config, ranks, reporting, sweeping
 from ntkcl.api import run
 from ntkcl.backbones import backbone_info
-from ntkcl.comparison import Table as Comparison
-from ntkcl.comparison import compare
+from ntkcl.comparison import Comparison, compare
 from ntkcl.datasets import KNOWN_DATASETS
 from ntkcl.datasets.loose_images import image_paths
 from ntkcl.methods import import_modules
@@ -115,7 +114,9 @@ def _show(result: Result | Results) -> None:
         speed = f"{sum(one.seconds for one in result):.1f} s"
     else:
         console.print(result_table(result))
-        speed = f"{result.seconds:.1f} s, {result.images_per_second:.0f} training images/s"
+        speed = f"{result.seconds:.1f} s"
+        if result.images_per_second:  # a method may have no training steps
+            speed += f", {result.images_per_second:.0f} training images/s"
     console.print(
         f"\n  {made.method} on {made.dataset}: {speed}, in {result.output}",
         soft_wrap=True,
@@ -389,19 +390,19 @@ def _report(words: list[str]) -> None:
         tables = compare(runs, together)
         reporting.write(tables, path)
         _show_tables(tables)
-        print(f"  in {path}, {path.with_suffix('.csv').name}, {path.with_suffix('.tex').name}")
+        print(f"  in {path}, {path.with_suffix('.csv')}, {path.with_suffix('.tex')}")
 
     _check_values(words, {"output"})
     _call(report, words, "report", _report.__doc__)
 
 
-def _show_tables(tables: Sequence[Comparison]) -> None:
+def _show_tables(tables: Comparison) -> None:
     console = Console()
+    say = functools.partial(console.print, soft_wrap=True, highlight=False, markup=False)
     columns = reporting.quoted_columns()
     for number, table in enumerate(tables, start=1):
-        lines = [reporting.table_title(number, tables), *reporting.notes(tables, number)]
-        for line in lines:
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        for line in (reporting.table_title(number, tables), *reporting.notes(tables, number)):
+            say(line)
         _print_table(
             ["method", "seeds", *(column.title for column in columns)],
             [
@@ -409,6 +410,8 @@ def _show_tables(tables: Sequence[Comparison]) -> None:
                 for group in table.groups
             ],
         )
+    for line in reporting.left_out(tables):
+        say(f"  {line}")
 
 
 def _call(function: Callable[..., None], words: list[str], name: str, doc: str | None) -> None:

@@ -104,8 +104,9 @@ class RunFolder:
 
     @staticmethod
     def is_run(path: Path) -> bool:
-        """Whether a run was begun there."""
-        return (path / "config.toml").is_file()
+        """Whether a run was begun there. An exported model has a configuration alone."""
+        beside = ("environment.json", "result.json")
+        return (path / "config.toml").is_file() and any((path / n).is_file() for n in beside)
 
     @property
     def finished(self) -> bool:

@@ -43,6 +43,18 @@ def test_train_prints_the_table_and_the_folder(
     assert re.search(r"final accuracy +87\.50 %", printed.out)
     assert "in here" in printed.out
     assert "task 2/3  accuracy 88.75 %" in printed.err
+    assert "training images/s, in here" in printed.out
+
+
+def test_a_method_without_training_has_no_speed_of_it(
+    trainer: type[fake_core.FakeTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = trainer("", {})._result() | {"images_per_second": 0.0}
+    monkeypatch.setattr(trainer, "_result", lambda self: result)
+    assert run("train", "--output", "here") == 0
+    assert re.search(r"digits: [\d.]+ s, in here", capsys.readouterr().out)
 
 
 def test_without_progress_nothing_is_shown_while_it_runs(
