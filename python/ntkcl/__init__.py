@@ -7,14 +7,15 @@ result = ntkcl.train(preset="ntk-cl/cifar100-in21k", data_root="~/data")
 
 import ntkcl._torch_check  # noqa: F401  # first of all
 from ntkcl import _C as _C
-from ntkcl.api import info, list_datasets, list_methods, resume, train
+from ntkcl.api import info, list_datasets, resume, train
 from ntkcl.backbones import list_backbones
 from ntkcl.config import Config
-from ntkcl.methods import Method, Task, register
+from ntkcl.methods import Method, Task, list_methods, register
 from ntkcl.model import Model, Predictions, evaluate, load
 from ntkcl.presets import list_presets
 from ntkcl.reporting import report
-from ntkcl.result import Evaluation, Result, Results, load_result
+from ntkcl.result import Evaluation, Result, Results
+from ntkcl.seeds import load_result
 from ntkcl.sweeping import SweepError, sweep
 
 __version__: str = _C.__version__

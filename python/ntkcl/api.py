@@ -25,13 +25,13 @@ from ntkcl import _C, seeds
 from ntkcl import config as _config
 from ntkcl.backbones import Weights, backbone_info, load_backbone
 from ntkcl.checkpoints import Checkpoint
-from ntkcl.config import ARRAYS, Config, cautions, resolve, to_toml
+from ntkcl.config import ARRAYS, SEEDS_FILE, Config, cautions, resolve, to_toml
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
-from ntkcl.methods import Method, core_method, register_object, registered
+from ntkcl.methods import Method, check_method, core_method, list_methods, register_object, way_on
 from ntkcl.progress import make_progress
 from ntkcl.ranks import Order, Ranks, join
-from ntkcl.result import Result, Results, load_result, result_of
-from ntkcl.runfolder import SEEDS_FILE, RunFolder, check_same
+from ntkcl.result import Result, Results, result_of
+from ntkcl.runfolder import RunFolder, check_same, load_run
 from ntkcl.tensorboard import TensorBoardLog, summary_writer
 
 logger = logging.getLogger("ntkcl")
@@ -149,21 +149,16 @@ def _resume(path: Path, given: Mapping[str, Any], call: _Call) -> Result | Resul
     several = seeds.are_in(path)
     if not several and not RunFolder.is_run(path):
         raise FileNotFoundError(
-            f"[resume] expected the folder of a run, got no config.toml in '{path}'"
+            f"[resume] expected the folder of a run, got no config.toml of one in '{path}'"
         )
     here = {**given, "output": path}
     if several:
-        config = resolve(here | {"resume": True}, path / SEEDS_FILE)
+        config = resolve(here | {"resume": True}, path / SEEDS_FILE, any_method=True)
         call.ranks.begin(config.device)
         return seeds.run_seeds(config, lambda one: _run_one(one, call))
-    config = resolve(here, path / "config.toml")
+    config = resolve(here, path / "config.toml", any_method=True)
     call.ranks.begin(config.device)
     return _go_on(config, call)
-
-
-def list_methods() -> list[str]:
-    """Names of the methods, own ones last."""
-    return [*_C.describe_options()["methods"], *registered()]
 
 
 def list_datasets() -> list[str]:
@@ -222,7 +217,7 @@ def _on_ranks(
 
 def _result_told(outcome: Mapping[str, Any]) -> Result | Results:
     results = [
-        result_of(numbers, Path(output), resolve(tomllib.loads(config)))
+        result_of(numbers, Path(output), resolve(tomllib.loads(config), any_method=True))
         for numbers, output, config in outcome["runs"]
     ]
     folder = outcome["folder"]
@@ -278,7 +273,8 @@ def _go_on(config: Config, call: _Call) -> Result:
     with folder:
         if folder.finished:
             folder.checkpoints.clear()
-            return load_result(path)
+            return load_run(path)
+        check_method(config.method)
         _check_arrays(config, call.arrays)
         checkpoint = folder.checkpoints.latest()
         trainer, environment = _prepare(config, call)
@@ -367,7 +363,7 @@ def _run(
         note = f"what was finished is in '{folder.path}'"
         # Not where it would happen again, or nothing has happened yet.
         if happened and not isinstance(error, FloatingPointError):
-            note += f"; go on with `ntkcl resume {folder.path}`"
+            note += f"; go on with {way_on(folder.path, config.method)}"
         error.add_note(note)
         raise
 

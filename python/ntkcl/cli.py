@@ -34,10 +34,10 @@ import ntkcl
 from ntkcl import _C, config, ranks, reporting, sweeping
 from ntkcl.api import run
 from ntkcl.backbones import backbone_info
-from ntkcl.comparison import Table as Comparison
-from ntkcl.comparison import compare
+from ntkcl.comparison import Comparison, compare
 from ntkcl.datasets import KNOWN_DATASETS
 from ntkcl.datasets.loose_images import image_paths
+from ntkcl.methods import import_modules
 from ntkcl.names import did_you_mean
 from ntkcl.presets import PRESETS, PUBLISHED, PUBLISHED_TASK_MEANS
 from ntkcl.progress import result_table, results_table
@@ -47,6 +47,15 @@ from ntkcl.sweeping import SweepError
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 _UNSET = type("Unset", (str,), {})("")  # told from an empty text by identity
 _UNSET_LIST: list[str] = []
+_Modules = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]],
+    tyro.conf.arg(
+        name="import",
+        metavar="MODULE",
+        help="module that registers own methods, here or installed; may be repeated",
+        help_behavior_hint="",
+    ),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,7 +99,8 @@ def _fail(error: BaseException, code: int) -> int:
 
 def _train(words: list[str]) -> None:
     """Train a method on a sequence of tasks and write a run folder."""
-    file, given = parse_train(words)
+    file, given, modules = parse_train(words)
+    import_modules(modules)
     _show(run(config.resolve(given, file)))
 
 
@@ -104,7 +114,9 @@ def _show(result: Result | Results) -> None:
         speed = f"{sum(one.seconds for one in result):.1f} s"
     else:
         console.print(result_table(result))
-        speed = f"{result.seconds:.1f} s, {result.images_per_second:.0f} training images/s"
+        speed = f"{result.seconds:.1f} s"
+        if result.images_per_second:  # a method may have no training steps
+            speed += f", {result.images_per_second:.0f} training images/s"
     console.print(
         f"\n  {made.method} on {made.dataset}: {speed}, in {result.output}",
         soft_wrap=True,
@@ -112,11 +124,12 @@ def _show(result: Result | Results) -> None:
     )
 
 
-def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """The configuration file and the keys that a command line gives, under their dotted names."""
+def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any], Sequence[str]]:
+    """The configuration file, the keys under their dotted names and the modules to import that a
+    command line gives."""
     options = {option.key: option for option in config.options()}
     words = _with_flags(words, {key for key, o in options.items() if o.type == "bool"})
-    _check_values(words, {"config", *(k for k, o in options.items() if not o.is_list)})
+    _check_values(words, {"config", "import", *(k for k, o in options.items() if not o.is_list)})
     parsed, unknown = tyro.cli(
         _arguments(),
         args=words,
@@ -131,11 +144,12 @@ def parse_train(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
         _refuse(unknown[0], list(options))
     file = None if parsed.config is _UNSET else str(parsed.config)
     texts = {key: _attribute(parsed, key) for key in options}
-    return file, {
+    given = {
         key: config.from_text(options[key], text)
         for key, text in texts.items()
         if text is not _UNSET and text is not _UNSET_LIST
     }
+    return file, given, _attribute(parsed, "import")
 
 
 def _with_flags(words: Sequence[str], keys: Iterable[str]) -> list[str]:
@@ -160,7 +174,8 @@ def _arguments() -> type[Any]:
     """Every key as an argument that is unset by default, so that only what is given wins over
     presets; a method's keys stand in a group of their own."""
     fields: list[Any] = [
-        ("config", _argument("config", "FILE", "TOML file with these keys"), _UNSET)
+        ("config", _argument("config", "FILE", "TOML file with these keys"), _UNSET),
+        (_attribute_name("import"), _Modules, ()),
     ]
     groups: dict[str, list[Any]] = {}
     for option in config.options():
@@ -229,7 +244,13 @@ _Weights = Annotated[
 def _resume(words: list[str]) -> None:
     """Go on with a run that was stopped or killed."""
 
-    def resume(run: _Run, data_root: _DataRoot = None, weights: _Weights = None) -> None:
+    def resume(
+        run: _Run,
+        data_root: _DataRoot = None,
+        weights: _Weights = None,
+        modules: _Modules = (),
+    ) -> None:
+        import_modules(modules)
         _show(ntkcl.resume(run, data_root=data_root, weights=weights))
 
     _call(resume, words, "resume", _resume.__doc__)
@@ -245,7 +266,9 @@ def _evaluate(words: list[str]) -> None:
         ] = None,
         data_root: _DataRoot = None,
         weights: _Weights = None,
+        modules: _Modules = (),
     ) -> None:
+        import_modules(modules)
         found = ntkcl.load(run, weights=weights).evaluate(dataset, data_root=data_root)
         rows = [[name, percent(getattr(found, name))] for name in _ACCURACIES]
         _print_table(["", ""], [["test images", str(found.count)], *rows])
@@ -266,7 +289,9 @@ def _predict(words: list[str]) -> None:
             tyro.conf.arg(metavar="FILES", help="images, or folders of images"),
         ],
         weights: _Weights = None,
+        modules: _Modules = (),
     ) -> None:
+        import_modules(modules)
         model = ntkcl.load(run, weights=weights)
         paths = list(image_paths(files))
         labels, scores = model.predict(paths)
@@ -302,7 +327,9 @@ def _sweep(words: list[str]) -> None:
             int | None,
             tyro.conf.arg(metavar="INT", help="run this one alone, numbered as in --list"),
         ] = None,
+        modules: _Modules = (),
     ) -> None:
+        import_modules(modules)
         ways = {"jobs": jobs, "ray": ray, "slurm": slurm, "list": list, "point": point}
         given = [f"--{name}" for name, v in ways.items() if v is not None and v is not False]
         if len(given) > 1:
@@ -363,19 +390,19 @@ def _report(words: list[str]) -> None:
         tables = compare(runs, together)
         reporting.write(tables, path)
         _show_tables(tables)
-        print(f"  in {path}, {path.with_suffix('.csv').name}, {path.with_suffix('.tex').name}")
+        print(f"  in {path}, {path.with_suffix('.csv')}, {path.with_suffix('.tex')}")
 
     _check_values(words, {"output"})
     _call(report, words, "report", _report.__doc__)
 
 
-def _show_tables(tables: Sequence[Comparison]) -> None:
+def _show_tables(tables: Comparison) -> None:
     console = Console()
+    say = functools.partial(console.print, soft_wrap=True, highlight=False, markup=False)
     columns = reporting.quoted_columns()
     for number, table in enumerate(tables, start=1):
-        lines = [reporting.table_title(number, tables), *reporting.notes(tables, number)]
-        for line in lines:
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        for line in (reporting.table_title(number, tables), *reporting.notes(tables, number)):
+            say(line)
         _print_table(
             ["method", "seeds", *(column.title for column in columns)],
             [
@@ -383,6 +410,8 @@ def _show_tables(tables: Sequence[Comparison]) -> None:
                 for group in table.groups
             ],
         )
+    for line in reporting.left_out(tables):
+        say(f"  {line}")
 
 
 def _call(function: Callable[..., None], words: list[str], name: str, doc: str | None) -> None:

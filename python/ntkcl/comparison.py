@@ -12,11 +12,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,8 @@ from ntkcl import _C
 from ntkcl.config import PLACE_KEYS, Config, cautions
 from ntkcl.files import read_object
 from ntkcl.names import shown
-from ntkcl.result import Result, load_result
-from ntkcl.runfolder import RunFolder
+from ntkcl.result import Result
+from ntkcl.runfolder import RunFolder, load_run
 
 Runs = str | os.PathLike[str] | Result
 _ECE_BINS = 15
@@ -52,6 +52,7 @@ class Run:
     folder: Path
     result: Result
     environment: Mapping[str, Any]
+    task_sizes: tuple[int, ...]  # empty where the names of the classes are not kept
     task_confusion: NDArray[np.float64]  # (T, T) in percent, see `task_confusion`; else NaN
     ece: float
 
@@ -165,18 +166,43 @@ class Table:
         return {name: text for name, (_, text) in _protocol(self.groups[0]).items()}
 
 
-def compare(runs: Runs | Iterable[Runs], together: bool = False) -> list[Table]:
+@dataclass(frozen=True, eq=False)
+class Comparison(Sequence[Table]):
+    """The tables, and the runs that are in none of them."""
+
+    tables: tuple[Table, ...]
+    unfinished: tuple[Path, ...]  # of folders that hold finished ones, too
+
+    @overload
+    def __getitem__(self, index: int) -> Table: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Table, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Table | tuple[Table, ...]:
+        return self.tables[index]
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+
+def compare(runs: Runs | Iterable[Runs], together: bool = False) -> Comparison:
     """Reads finished runs and groups them: one table for each protocol, or one for all.
 
     Args:
-      runs: run folders, folders that hold some, or results.
+      runs: run folders, folders that hold some (of seeds, of a sweep, of those), or results.
       together: all in one table, whatever the protocols.
 
     Raises:
-      FileNotFoundError: no run in a folder, or one that did not finish.
+      FileNotFoundError: no finished run in a folder, or it is one that did not finish.
       ValueError: no run was given, or a run's predictions are not of its tasks.
     """
-    groups = _groups([_read(folder) for folder in _folders(runs)])
+    folders, unfinished = _found(runs)
+    return Comparison(_tables([_read(folder) for folder in folders], together), unfinished)
+
+
+def _tables(runs: Sequence[Run], together: bool) -> tuple[Table, ...]:
+    groups = _groups(runs)
     tables: list[list[Group]] = []
     for group in groups:
         shared = (t for t in tables if together or not _differences(group, t[0]))
@@ -187,8 +213,8 @@ def compare(runs: Runs | Iterable[Runs], together: bool = False) -> list[Table]:
             table.append(group)
     named = [_told_apart(table) for table in tables]
     if together:
-        return [Table(named[0], _all_differences(named[0]))]
-    return [Table(table, _differences(table[0], groups[0])) for table in named]
+        return (Table(named[0], _all_differences(named[0])),)
+    return tuple(Table(table, _differences(table[0], groups[0])) for table in named)
 
 
 def task_confusion(
@@ -239,29 +265,47 @@ def mean_std(values: Sequence[Any]) -> tuple[NDArray[np.float64], NDArray[np.flo
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def _folders(runs: Runs | Iterable[Runs]) -> list[Path]:
-    """Folders of single runs, each once."""
+def _found(runs: Runs | Iterable[Runs]) -> tuple[list[Path], tuple[Path, ...]]:
+    """Folders of finished runs and of others, each once."""
     given = [runs] if isinstance(runs, (str, os.PathLike, Result)) else list(runs)
     if not given:
         raise ValueError("[report] expected at least one run, got none")
     found: dict[Path, Path] = {}
+    unfinished: dict[Path, Path] = {}
     for item in given:
         path = item.output if isinstance(item, Result) else Path(item).expanduser()
-        for folder in _expanded(path):
-            found.setdefault(folder.resolve(), folder)
-    return list(found.values())
+        folders = list(_runs_in(path, set()))
+        # A run that was named itself must have finished: to read it says so.
+        done = [folder for folder in folders if folder == path or RunFolder(folder, []).finished]
+        if not done:
+            raise FileNotFoundError(_no_run(path, folders))
+        for folder in folders:
+            (found if folder in done else unfinished).setdefault(folder.resolve(), folder)
+    return list(found.values()), tuple(unfinished.values())
 
 
-def _expanded(path: Path) -> list[Path]:
-    inner = sorted(path.iterdir(), key=lambda child: _natural(child.name)) if path.is_dir() else []
-    children = [child for child in inner if RunFolder.is_run(child)]
-    if children and not (path / "result.json").is_file():
-        return children
-    if RunFolder.is_run(path):
-        return [path]
-    raise FileNotFoundError(
-        f"[report] expected the folder of a run, or of several, got no config.toml in '{path}'"
-    )
+def _runs_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """The run that a folder is, or those in the folders that it holds, however deep. A folder
+    that links lead to again counts once."""
+    if not folder.is_dir() or folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    if RunFolder.is_run(folder):
+        yield folder
+        return
+    for child in sorted(folder.iterdir(), key=lambda child: _natural(child.name)):
+        if not child.name.startswith("."):
+            yield from _runs_in(child, seen)
+
+
+def _no_run(path: Path, unfinished: Sequence[Path]) -> str:
+    if unfinished:
+        return (
+            f"[report] expected finished runs in '{path}', got {len(unfinished)} unfinished; go on "
+            f"with `ntkcl resume {unfinished[0]}`"
+        )
+    got = "a model alone" if (path / "model.json").is_file() else "none"
+    return f"[report] expected the folder of a run, or one that holds some, got {got} in '{path}'"
 
 
 def _natural(name: str) -> tuple[str, int, str]:
@@ -272,16 +316,16 @@ def _natural(name: str) -> tuple[str, int, str]:
 
 def _read(folder: Path) -> Run:
     try:
-        result = load_result(folder)
+        result = load_run(folder)
         environment: dict[str, Any] = {}
         if (folder / "environment.json").is_file():
             environment = _read_environment(folder / "environment.json")
-        classes = environment.get("classes") or []
-        confusion, ece = _of_predictions(folder, result, len(classes))
+        sizes = _task_sizes(result, len(environment.get("classes") or []))
+        confusion, ece = _of_predictions(folder, result, sizes)
     except (ValueError, TypeError) as error:
         error.add_note(f"in the run '{folder}'")
         raise
-    return Run(folder, result, environment, confusion, ece)
+    return Run(folder, result, environment, sizes, confusion, ece)
 
 
 def _read_environment(file: Path) -> dict[str, Any]:
@@ -296,13 +340,13 @@ def _read_environment(file: Path) -> dict[str, Any]:
 
 
 def _of_predictions(
-    folder: Path, result: Result, classes: int
+    folder: Path, result: Result, sizes: Sequence[int]
 ) -> tuple[NDArray[np.float64], float]:
     """Task confusion and calibration error of the test after the last task; NaN where the run
     has kept too little."""
     tasks = len(result.evaluations)
     file = folder / "predictions.safetensors"
-    if not file.is_file() or not classes:
+    if not file.is_file() or not sizes:
         return np.full((tasks, tasks), math.nan), math.nan
     try:
         tensors = load_file(file)
@@ -311,8 +355,6 @@ def _of_predictions(
         raise ValueError(
             f"[report] expected a safetensors file, got '{file}': {error!s:.200}"
         ) from None
-    config = result.config
-    sizes = _C.split_classes(classes, config.initial_classes, config.increment)[:tasks]
     names = ("labels", "predictions", "confidences")
     labels, predictions, confidences = (tensors.get(f"task_{tasks - 1}.{name}") for name in names)
     if (
@@ -328,6 +370,13 @@ def _of_predictions(
         )
     ece = math.nan if confidences is None else calibration_error(labels, predictions, confidences)
     return task_confusion(labels, predictions, sizes), ece
+
+
+def _task_sizes(result: Result, classes: int) -> tuple[int, ...]:
+    if not classes:
+        return ()
+    sizes = _C.split_classes(classes, result.config.initial_classes, result.config.increment)
+    return tuple(sizes[: len(result.evaluations)])
 
 
 def _are_classes(given: NDArray[Any] | None, classes: int) -> TypeGuard[NDArray[np.int64]]:

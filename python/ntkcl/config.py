@@ -28,10 +28,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ntkcl import _C, presets
 from ntkcl.backbones import DEFAULT_BACKBONE, backbone_info, list_backbones
-from ntkcl.methods import registered
+from ntkcl.methods import check_method
 from ntkcl.names import did_you_mean, shown
 
 ARRAYS = "arrays"  # the value of `dataset` that stands for arrays in memory
+SEEDS_FILE = "seeds.toml"  # of a folder of runs that differ in their seed, see seeds.py
 # Keys of places, of what is shown and of the loader's speed: a result depends on none of them.
 PLACE_KEYS = frozenset(
     {
@@ -161,7 +162,6 @@ class Option:
 def options(method: str | None = None) -> list[Option]:
     """All keys with type, default, what is allowed and doc; of every method, or of one."""
     described = _C.describe_options()
-    methods = _methods()
     own = [
         Option(key, *_own_type(key), doc=field.description or "", field=field)
         for key, field in Config.model_fields.items()
@@ -171,33 +171,39 @@ def options(method: str | None = None) -> list[Option]:
         for group in ("train", "transform", "loader")
         for info in described[group]
     ]
-    chosen = [method] if method else list(methods)
     special = [
-        _option(f"{methods[name]['section']}.{info['key']}", info)
-        for name in chosen
-        for info in methods[name]["options"]
+        _option(f"{method_section(name)}.{info['key']}", info)
+        for name in ([method] if method else described["methods"])
+        for info in _described(name)["options"]
     ]
     return own + common + special
 
 
-def _methods() -> dict[str, Any]:
-    """The core's methods, and own ones, which have no keys."""
-    plain = {"options": [], "variants": {name: {} for name in _VARIANT_NORMALIZE}, "defaults": {}}
-    own = {name: plain | {"section": name, "doc": "own method"} for name in registered()}
-    return dict(_C.describe_options()["methods"]) | own
+def _described(method: str) -> dict[str, Any]:
+    """What the core says of its method, or what holds for an own one, which has no keys."""
+    variants: dict[str, Any] = {name: {} for name in _VARIANT_NORMALIZE}
+    own = {"section": method, "options": [], "variants": variants, "defaults": {}}
+    return dict(_C.describe_options()["methods"].get(method, own))
 
 
 def method_section(method: str) -> str:
     """Name of the section that holds a method's keys ("ntk-cl" -> "ntk_cl")."""
-    return str(_methods()[method]["section"])
+    return str(_described(method)["section"])
 
 
 def resolve(
-    keywords: Mapping[str, Any] | None = None, file: str | os.PathLike[str] | None = None
+    keywords: Mapping[str, Any] | None = None,
+    file: str | os.PathLike[str] | None = None,
+    *,
+    any_method: bool = False,
 ) -> Config:
     """Makes the configuration of a run from a TOML file and keywords.
 
     Method options stand in a section (`ntk_cl={"eta": 0.03}`) or are dotted (`"ntk_cl.eta"`).
+
+    Args:
+      any_method: a name that is not known here is that of an own method: for what was run already,
+        which can be read without its class.
 
     Raises:
       ValueError: unknown key, value that is not allowed, or impossible combination.
@@ -210,9 +216,11 @@ def resolve(
     preset_name = _select(given, "preset", presets.list_presets())
     preset = flatten(presets.PRESETS[preset_name]) if preset_name is not None else {}
     chosen = preset | given
-    methods = _methods()
-    method = _select(chosen, "method", list(methods))
-    variants = methods[method]["variants"]
+    method = _select(chosen, "method", None)
+    if not any_method:
+        check_method(method)
+    described = _described(method)
+    variants = described["variants"]
     variant = _select(chosen, "variant", list(variants) or list(_VARIANT_NORMALIZE))
     _check_sections(given, method)
     if given.get("seeds") is not None and "seed" in given:
@@ -223,10 +231,10 @@ def resolve(
 
     backbone = _select(chosen, "backbone", list_backbones())
     dataset = _select(chosen, "dataset", None)
-    section = methods[method]["section"]
+    section = described["section"]
     layers: list[Mapping[str, Any]] = [
         {"image_size": backbone_info(backbone).image_size},
-        methods[method]["defaults"],
+        described["defaults"],
         flatten(presets.DATASET_DEFAULTS.get(dataset, {})),
         flatten(presets.METHOD_DEFAULTS.get((dataset, method), {})),
         {"normalize": _VARIANT_NORMALIZE.get(variant, "weights")},
@@ -362,7 +370,7 @@ def _model(method: str) -> type[Config]:
         for group in ("train", "transform", "loader")
         for info in described[group]
     }
-    special = _methods()[method]
+    special = _described(method)
     section = pydantic.create_model(
         special["section"],
         __config__=Config.model_config,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ntkcl import _C
+from ntkcl.names import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Method:
 
 
 _registered: dict[str, Callable[[], Method]] = {}
+_imported: list[str] = []  # modules that were asked for
 
 
 def register(name: str, make: Callable[[], Method]) -> None:
@@ -98,13 +103,57 @@ def register_object(method: Method) -> str:
     return name
 
 
-def registered() -> list[str]:
-    """Names of own methods."""
-    return list(_registered)
+def list_methods() -> list[str]:
+    """Names of the methods, own ones last."""
+    return [*_C.describe_options()["methods"], *_registered]
+
+
+def check_method(name: str) -> None:
+    """ValueError where a method is neither built in nor registered."""
+    known = list_methods()
+    if name not in known:
+        raise ValueError(
+            f"[config] 'method': expected one of: {', '.join(known)}, got '{name}' (register an "
+            f"own one first: `ntkcl.register('{name}', <class>)`, for a command in a module that "
+            f"it names: `--import MODULE`){did_you_mean(name, known)}"
+        )
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Imports modules that register methods, from the current folder as well, and remembers them
+    for the commands that go on."""
+    if names and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # `python -m ntkcl` has it there already
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                error.add_note(f"in the module '{name}'")
+                raise
+            raise ValueError(
+                f"[import] expected a module here or installed, got '{name}': {error}"
+            ) from None
+    _imported.extend(name for name in names if name not in _imported)
+
+
+def import_words() -> list[str]:
+    """The options by which another process imports the same modules."""
+    return [word for name in _imported for word in ("--import", name)]
+
+
+def way_on(run: object, method: str) -> str:
+    """What goes on with a run of a method that is known here."""
+    if method not in _registered:
+        return f"`ntkcl resume {run}`"
+    if _imported:
+        return f"`ntkcl resume {run} {' '.join(import_words())}`"
+    return f"`ntkcl.resume('{run}')` where '{method}' is registered"
 
 
 def core_method(name: str) -> str | Method:
     """What the core takes for a method: a name that it knows, or a new object."""
+    check_method(name)
     make = _registered.get(name)
     if make is None:
         return name

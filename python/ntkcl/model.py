@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ntkcl import _C
 from ntkcl.backbones import Weights, backbone_info, load_backbone
-from ntkcl.config import Config, options, resolve, to_toml
+from ntkcl.config import SEEDS_FILE, Config, options, resolve, to_toml
 from ntkcl.datasets import load_dataset
 from ntkcl.datasets.loose_images import Images, image_stores, one_store
 from ntkcl.files import read_object, read_tensors, safetensors_bytes, write_atomically
@@ -340,7 +340,7 @@ def load(
     about = _read_about(path)
     moved = {"device": device, "threads": threads}
     given = {key: value for key, value in moved.items() if value is not None}
-    config = resolve(given, path / "config.toml")
+    config = resolve(given, path / "config.toml", any_method=True)
     packed = path / "backbone.safetensors"
     chosen = weights if weights is not None else packed if packed.is_file() else config.weights
     found = load_backbone(config.backbone, chosen)
@@ -380,8 +380,9 @@ def write_model(
 def _read_about(path: Path) -> ModelFile:
     file = path / "model.json"
     if not file.is_file():
-        hint = "; finish it with `ntkcl resume`" if (path / "config.toml").is_file() else ""
-        raise FileNotFoundError(f"[load] expected a trained model, got no {file}{hint}")
+        raise FileNotFoundError(
+            f"[load] expected a trained model, got no {file}{_where_else(path)}"
+        )
     try:
         raw = read_object(file)
         if raw.get("format") != FORMAT:
@@ -395,6 +396,16 @@ def _read_about(path: Path) -> ModelFile:
     if len(set(about.classes)) != len(about.classes) or sum(about.task_sizes) != len(about.classes):
         raise ValueError(f"[load] '{file}': expected tasks of {len(about.classes)} classes in all")
     return about
+
+
+def _where_else(path: Path) -> str:
+    """What to do about a folder without a model, if it is that of runs."""
+    inner = sorted(file.parent for file in path.glob("*/model.json"))
+    if inner:
+        more = ", ..." if len(inner) > 5 else ""
+        return "; there is one in " + ", ".join(f"'{folder}'" for folder in inner[:5]) + more
+    begun = any((path / name).is_file() for name in ("config.toml", SEEDS_FILE))
+    return f"; finish it with `ntkcl resume {path}`" if begun else ""
 
 
 def _read_state(path: Path, sha256: str) -> dict[str, torch.Tensor]:

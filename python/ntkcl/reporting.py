@@ -6,6 +6,7 @@ import base64
 import csv
 import html
 import io
+import itertools
 import math
 import os
 import re
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ntkcl.comparison import Group, Runs, Table, compare
+from ntkcl.comparison import Comparison, Group, Runs, Table, compare
 from ntkcl.files import write_atomically
 
 _SOURCES = (
@@ -59,7 +60,13 @@ COLUMNS = (
     ),
     Column("new_classes", "new classes", "accuracy right after learning them, mean over tasks (%)"),
     Column("task_id", "task id", "test images predicted as a class of their own task (%)"),
-    Column("ece", "ECE", "expected calibration error, 15 bins, after the last task (%)"),
+    Column(
+        "ece",
+        "ECE",
+        "expected calibration error, 15 bins, after the last task (%): of the softmax of the "
+        "scores as the method compares them. Cosines, distances and ridge outputs are no logits, "
+        "so it says nothing there of how well a method knows when it is wrong",
+    ),
     Column(
         "images_per_second",
         "images per second",
@@ -93,7 +100,8 @@ def report(
     own, which say how they differ.
 
     Args:
-      runs: run folders, folders of run folders, or results; one or several.
+      runs: run folders, folders that hold some (of seeds, of a sweep, of those), or results; one
+        or several. Of a folder's runs those that have not finished are left out and named.
       output: name of the HTML file. Existing files are replaced.
       together: one table for all protocols; it says how they differ.
 
@@ -101,7 +109,8 @@ def report(
       The path of the HTML file.
 
     Raises:
-      FileNotFoundError: no run in a folder, or one that did not finish; nothing was written.
+      FileNotFoundError: no finished run in a folder, or it is one that did not finish; nothing
+        was written.
       ValueError: no run was given, a run is damaged, or `output` does not end in .html.
     """
     path = checked_output(output)
@@ -117,7 +126,7 @@ def checked_output(output: str | os.PathLike[str]) -> Path:
     return path
 
 
-def write(tables: Sequence[Table], path: Path) -> None:
+def write(tables: Comparison, path: Path) -> None:
     """Writes the HTML file and those beside it. All are made before the first is written."""
     files = {
         path.with_suffix(".csv"): to_csv(tables),
@@ -154,11 +163,12 @@ def table_title(number: int, tables: Sequence[Table]) -> str:
 
 
 def _sequence_text(group: Group) -> str:
-    config, tasks = group.config, len(group.runs[0].result.evaluations)
-    sizes = f"{config.initial_classes}"
-    if tasks > 1 and config.increment != config.initial_classes:
-        sizes += f", then {config.increment}"
-    return f"{_line(config.dataset)}, {tasks} task{'s' if tasks > 1 else ''} of {sizes} classes"
+    run = group.runs[0]
+    tasks = len(run.result.evaluations)
+    text = f"{_line(group.config.dataset)}, {tasks} task{'s' if tasks > 1 else ''}"
+    # The first, those of the increment, and the last, which may have what is left.
+    sizes = ", then ".join(str(size) for size, _ in itertools.groupby(run.task_sizes))
+    return f"{text} of {sizes} classes" if sizes else text
 
 
 def notes(tables: Sequence[Table], number: int) -> list[str]:
@@ -170,6 +180,11 @@ def notes(tables: Sequence[Table], number: int) -> list[str]:
         f"Caution, {group.name}: {text}" for group in table.groups for text in group.cautions
     ]
     return [_line(text) for text in differs + cautions]
+
+
+def left_out(tables: Comparison) -> list[str]:
+    """Which runs are in no table."""
+    return [_line(f"Left out: '{folder}' has not finished") for folder in tables.unfinished]
 
 
 # ---- CSV and LaTeX -------------------------------------------------------------------------------
@@ -201,9 +216,10 @@ def to_csv(tables: Sequence[Table]) -> str:
     return text.getvalue()
 
 
-def to_latex(tables: Sequence[Table]) -> str:
+def to_latex(tables: Comparison) -> str:
     """One row per group for a table of four columns: name, final, average, forgetting."""
     lines = ["% method & final accuracy & average accuracy & forgetting (%; mean and std)"]
+    lines += [f"% {text}" for text in left_out(tables)]
     for number, table in enumerate(tables, start=1):
         lines.append(f"% {table_title(number, tables)}")
         lines += [f"% {note}" for note in notes(tables, number)]
@@ -247,16 +263,17 @@ dt { font-weight: 600; float: left; clear: left; margin-right: 0.5rem; } dd { ma
 """
 
 
-def to_html(tables: Sequence[Table]) -> str:
+def to_html(tables: Comparison) -> str:
     """One page without scripts and without anything from elsewhere."""
     count = sum(len(group.runs) for table in tables for group in table.groups)
     title = f"ntkcl report: {count} run{'s' if count > 1 else ''}"
+    missing = "".join(map(_note, left_out(tables)))
     sections = "".join(_section(tables, number) for number in range(1, len(tables) + 1))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n"
-        f"{sections}{_LEGEND}</body></html>\n"
+        f"{missing}{sections}{_LEGEND}</body></html>\n"
     )
 
 
@@ -267,7 +284,7 @@ def _section(tables: Sequence[Table], number: int) -> str:
     groups = table.groups
     common = " · ".join(f"{name} {text}" for name, text in table.protocol.items() if text != "none")
     parts = [f"<h2>{_safe(table_title(number, tables))}</h2>\n"]
-    parts += [f'<p class="note">{_safe(note)}</p>\n' for note in notes(tables, number)]
+    parts += map(_note, notes(tables, number))
     parts += [
         _overview(groups),
         f'<p class="about">{_safe(common)}</p>\n',
@@ -320,6 +337,10 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], named: int) 
         for row in rows
     ]
     return f'<div class="wide"><table>\n<tr>{titles}</tr>\n{"".join(lines)}</table></div>\n'
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{_safe(text)}</p>\n'
 
 
 def _image(content: bytes, about: str) -> str:

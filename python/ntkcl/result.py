@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,17 +259,9 @@ def result_of(raw: Mapping[str, Any], output: Path, config: Config) -> Result:
     )
 
 
-def load_result(folder: str | os.PathLike[str]) -> Result:
-    """The result of a finished run, read from its folder.
-
-    Raises:
-      FileNotFoundError: no such folder, or its run did not finish.
-      ValueError: result.json is damaged.
-    """
-    path = Path(folder).expanduser()
+def read_result(path: Path) -> Result:
+    """The result of a finished run from its folder; ValueError where result.json is damaged."""
     file = path / "result.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"[load_result] expected a finished run in '{path}', got no {file}")
     try:
         raw = _ResultFile.model_validate(read_object(file)).model_dump()
     except pydantic.ValidationError as error:
@@ -287,7 +278,7 @@ def load_result(folder: str | os.PathLike[str]) -> Result:
             f"[load_result] '{file}' is damaged: expected an evaluation and a row after each of "
             f"{tasks} tasks"
         )
-    return result_of(raw, path, resolve(file=path / "config.toml"))
+    return result_of(raw, path, resolve(file=path / "config.toml", any_method=True))
 
 
 def _numbers_of(kind: type) -> dict[str, Any]:

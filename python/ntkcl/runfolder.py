@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, Self
 import torch
 
 from ntkcl.checkpoints import Checkpoints
-from ntkcl.config import PLACE_KEYS, Config, resolve, to_toml
+from ntkcl.config import PLACE_KEYS, SEEDS_FILE, Config, resolve, to_toml
 from ntkcl.files import (
     read_object,
     remove_temporaries,
@@ -41,11 +41,10 @@ from ntkcl.files import (
 )
 from ntkcl.model import write_model
 from ntkcl.names import shown
-from ntkcl.result import Result
+from ntkcl.result import Result, read_result
 
 logger = logging.getLogger("ntkcl")
 
-SEEDS_FILE = "seeds.toml"  # of a folder of runs that differ in their seed, see seeds.py
 _OF_A_RUN = ("config.toml", "events.jsonl", "result.json", SEEDS_FILE)
 
 # That the images and weights are the same is seen by their hashes.
@@ -105,8 +104,9 @@ class RunFolder:
 
     @staticmethod
     def is_run(path: Path) -> bool:
-        """Whether a run was begun there."""
-        return (path / "config.toml").is_file()
+        """Whether a run was begun there. An exported model has a configuration alone."""
+        beside = ("environment.json", "result.json")
+        return (path / "config.toml").is_file() and any((path / n).is_file() for n in beside)
 
     @property
     def finished(self) -> bool:
@@ -241,6 +241,17 @@ class RunFolder:
         write_atomically(self.path / "accuracy_matrix.csv", ("\n".join(lines) + "\n").encode())
 
 
+def load_run(path: Path) -> Result:
+    """The result of a finished run; FileNotFoundError for another, ValueError for damage."""
+    file = path / "result.json"
+    if not file.is_file():
+        hint = f"; go on with `ntkcl resume {path}`" if RunFolder.is_run(path) else ""
+        raise FileNotFoundError(
+            f"[load_result] expected a finished run in '{path}', got no {file}{hint}"
+        )
+    return read_result(path)
+
+
 def check_free(path: Path) -> None:
     """ValueError where a folder holds a run."""
     holds = [name for name in _OF_A_RUN if (path / name).exists()]
@@ -268,7 +279,7 @@ def _columns(of_images: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def check_same(config: Config, file: Path) -> None:
     """ValueError where a key that decides what is computed is not as in the configuration file of a
     run that was begun."""
-    given, begun = config.flat(), resolve(file=file).flat()
+    given, begun = config.flat(), resolve(file=file, any_method=True).flat()
     for key in given.keys() - _MAY_CHANGE:
         if given[key] != begun[key]:
             raise ValueError(

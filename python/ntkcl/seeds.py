@@ -6,14 +6,16 @@ seed-0/ ...  an ordinary run each, see runfolder.py
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ntkcl.config import Config, resolve, to_toml
+from ntkcl.config import SEEDS_FILE, Config, resolve, to_toml
 from ntkcl.files import write_atomically
+from ntkcl.methods import way_on
 from ntkcl.progress import announce
 from ntkcl.result import Result, Results
-from ntkcl.runfolder import SEEDS_FILE, RunFolder, check_free, check_same
+from ntkcl.runfolder import RunFolder, check_free, check_same, load_run
 
 
 def are_in(path: Path) -> bool:
@@ -53,9 +55,29 @@ def run_seeds(config: Config, run: Callable[[Config], Result]) -> Results:
             (folder.path / SEEDS_FILE).unlink(missing_ok=True)
             folder.discard()
         elif not isinstance(error, FloatingPointError):
-            error.add_note(f"with all seeds by `ntkcl resume {folder.path}`")
+            error.add_note(f"with all seeds by {way_on(folder.path, config.method)}")
         raise
     return Results(tuple(results), folder.path)
+
+
+def load_result(folder: str | os.PathLike[str]) -> Result | Results:
+    """The result of a finished run, read from its folder; of a folder of several seeds their
+    `Results`. The method may be an own one that is not registered here.
+
+    Raises:
+      FileNotFoundError: no such folder, or its run did not finish.
+      ValueError: result.json or a configuration is damaged.
+    """
+    path = Path(folder).expanduser()
+    if not are_in(path):
+        return load_run(path)
+    runs = each_seed(_begun(path), path)
+    return Results(tuple(load_run(Path(str(one.output))) for one in runs), path)
+
+
+def _begun(path: Path) -> Config:
+    """The configuration of the seeds in a folder."""
+    return resolve(file=path / SEEDS_FILE, any_method=True)
 
 
 def _folder_of(config: Config) -> tuple[RunFolder, list[int]]:
@@ -65,7 +87,7 @@ def _folder_of(config: Config) -> tuple[RunFolder, list[int]]:
     path = Path(config.output).expanduser()
     if config.resume and are_in(path):
         check_same(config, path / SEEDS_FILE)
-        return RunFolder(path, []), resolve(file=path / SEEDS_FILE).seeds or []
+        return RunFolder(path, []), _begun(path).seeds or []
     if not config.resume:
         for one in each_seed(config, path):
             check_free(Path(str(one.output)))

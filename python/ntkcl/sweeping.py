@@ -44,11 +44,12 @@ import torch
 from ntkcl.api import run
 from ntkcl.config import ARRAYS, Config, flatten, override, plain_value, read_toml, resolve, to_toml
 from ntkcl.files import write_atomically
+from ntkcl.methods import import_words
 from ntkcl.names import did_you_mean
 from ntkcl.progress import announce
 from ntkcl.ranks import are_several
-from ntkcl.result import Result, Results, load_result
-from ntkcl.runfolder import RunFolder, check_same
+from ntkcl.result import Result, Results
+from ntkcl.runfolder import RunFolder, check_same, load_run
 from ntkcl.seeds import each_seed
 
 Grid = Mapping[str, Any] | str | os.PathLike[str]
@@ -106,7 +107,7 @@ class Point:
 
     def load(self) -> Result | Results:
         """What it has given, when it is finished."""
-        results = tuple(load_result(path) for path in self.runs)
+        results = tuple(load_run(path) for path in self.runs)
         return results[0] if self.config.seeds is None else Results(results, self.output)
 
 
@@ -187,7 +188,7 @@ def write_slurm_script(grid: str | os.PathLike[str], file: str | os.PathLike[str
     for point in points:
         point.check()
     jobs = _jobs_folder(points[0]).resolve()
-    command = shlex.join([sys.executable, "-m", "ntkcl", "sweep", str(Path(grid).resolve())])
+    words = [sys.executable, "-m", "ntkcl", "sweep", str(Path(grid).resolve()), *import_words()]
     text = f"""#!/bin/bash
 #SBATCH --job-name="ntkcl {Path(grid).stem}"
 #SBATCH --array=0-{len(points) - 1}
@@ -198,7 +199,7 @@ def write_slurm_script(grid: str | os.PathLike[str], file: str | os.PathLike[str
 # A point that was stopped goes on when this script is submitted again.
 
 cd {shlex.quote(str(Path.cwd()))} || exit
-exec {command} --point "$SLURM_ARRAY_TASK_ID"
+exec {shlex.join(words)} --point "$SLURM_ARRAY_TASK_ID"
 """
     jobs.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(file).expanduser(), text.encode())
@@ -349,7 +350,8 @@ def _jobs(points: Sequence[Point]) -> list[tuple[Point, _Job]]:
         file = (_jobs_folder(point) / f"{point.name}.toml").absolute()
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, to_toml(point.config).encode())
-        command = (sys.executable, "-m", "ntkcl", "train", "--config", str(file), "--resume")
+        train = ("train", "--config", str(file), "--resume", *import_words())
+        command = (sys.executable, "-m", "ntkcl", *train)
         jobs.append((point, _Job(command, file.with_name(f"{point.name}.log"), Path.cwd())))
     return jobs
 

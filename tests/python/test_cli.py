@@ -43,6 +43,18 @@ def test_train_prints_the_table_and_the_folder(
     assert re.search(r"final accuracy +87\.50 %", printed.out)
     assert "in here" in printed.out
     assert "task 2/3  accuracy 88.75 %" in printed.err
+    assert "training images/s, in here" in printed.out
+
+
+def test_a_method_without_training_has_no_speed_of_it(
+    trainer: type[fake_core.FakeTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = trainer("", {})._result() | {"images_per_second": 0.0}
+    monkeypatch.setattr(trainer, "_result", lambda self: result)
+    assert run("train", "--output", "here") == 0
+    assert re.search(r"digits: [\d.]+ s, in here", capsys.readouterr().out)
 
 
 def test_without_progress_nothing_is_shown_while_it_runs(
@@ -65,10 +77,11 @@ def test_help_shows_every_key_with_its_default_and_what_is_allowed(
 
 
 def test_only_what_is_given_is_set() -> None:
-    assert parse_train(["--epochs", "3", "--config", "c.toml"]) == ("c.toml", {"epochs": 3})
-    assert parse_train([]) == (None, {})
-    assert parse_train(["--milestones"]) == (None, {"milestones": []})
-    assert parse_train(["--output", ""]) == (None, {"output": ""})
+    assert parse_train(["--epochs", "3", "--config", "c.toml"]) == ("c.toml", {"epochs": 3}, ())
+    assert parse_train([]) == (None, {}, ())
+    assert parse_train(["--milestones"]) == (None, {"milestones": []}, ())
+    assert parse_train(["--output", ""]) == (None, {"output": ""}, ())
+    assert parse_train(["--import", "a.b", "--import=c"]) == (None, {}, ("a.b", "c"))
 
 
 def test_a_file_and_the_command_line_go_together(

@@ -132,7 +132,7 @@ mode = "channel"
     expected = resolve(keywords)
     assert expected.milestones == [2, 4]
     assert from_file(tmp_path, text) == expected
-    file, given = parse_train(words)
+    file, given, _ = parse_train(words)
     assert file is None
     assert resolve(given, file) == expected
 

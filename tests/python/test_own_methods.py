@@ -3,6 +3,7 @@ life as built-in ones."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 
 import ntkcl
 from ntkcl import methods
+from ntkcl.comparison import compare
 from run_comparison import differences
+from test_cli import run
 from test_resume import KEYS, stop_after
 from test_training import CLASSES, TRAIN, dataset, train
 
@@ -157,6 +160,122 @@ def test_an_own_method_is_loaded_and_goes_on(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (TRAIN, 32, 32, 3), np.uint8)
     model.add_task({"new": noise})
     assert model.predict(noise).scores.shape == (TRAIN, CLASSES + 1)
+
+
+# ---- where the class is not known ----------------------------------------------------------------
+
+MODULE = """
+import ntkcl
+from test_own_methods import Heads
+
+ntkcl.register("elsewhere", Heads)
+"""
+COMMON = """
+method = "elsewhere"
+train_per_class = 4
+test_per_class = 2
+epochs = 1
+progress = false
+"""
+
+
+@pytest.fixture
+def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As if a process began anew, in a folder that has the method in `my_module`: no class is
+    registered, nothing is imported."""
+    monkeypatch.chdir(tmp_path)
+    Path("my_module.py").write_text(MODULE)
+    Path("c.toml").write_text(COMMON)
+    # Pythons that are started find the classes of this file.
+    monkeypatch.setenv("PYTHONPATH", ":".join([str(Path(__file__).parent), *sys.path]))
+
+    def anew() -> None:
+        monkeypatch.setattr(methods, "_registered", {})
+        monkeypatch.setattr(methods, "_imported", [])
+        monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+        monkeypatch.delitem(sys.modules, "my_module", raising=False)
+
+    anew()
+    return anew
+
+
+def test_what_was_run_is_read_without_its_class(tmp_path: Path, process: Any) -> None:
+    data = dataset()
+    one = train(tmp_path / "one", data, method=Heads())
+    two = train(tmp_path / "two", data, method=Heads(), seeds=[0, 1])
+    process()
+    assert "Heads" not in ntkcl.list_methods()
+    assert ntkcl.load_result("one").config == one.config
+    np.testing.assert_equal(ntkcl.load_result("two").mean, two.mean)
+    [table] = compare(["one", "two"])
+    assert [group.seeds for group in table.groups] == ["0, 0, 1"]
+    assert run("report", "one", "two") == 0
+    np.testing.assert_equal(ntkcl.resume("one").to_dict(), one.to_dict())
+    with pytest.raises(ValueError) as refused:
+        ntkcl.load("one")
+    assert "ntkcl.register('Heads', <class>)" in str(refused.value)
+    assert "--import MODULE" in str(refused.value)
+
+
+def test_commands_import_the_module_that_registers_a_method(
+    process: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--config", "c.toml", "--output", "o"]
+    assert run(*words) == 2
+    assert "(register an own one first: `ntkcl.register('elsewhere'" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert run(*words, "--import", "my_module") == 130
+    assert capsys.readouterr().err.endswith("go on with `ntkcl resume o --import my_module`\n")
+    for command in (["resume", "o"], ["evaluate", "o"], ["predict", "o", "o/accuracy.png"]):
+        process()
+        assert run(*command) == 2
+        assert "got 'elsewhere' (register an own one first" in capsys.readouterr().err
+        process()
+        assert run(*command, "--import", "my_module") == 0
+        capsys.readouterr()
+
+
+def test_a_note_names_a_way_to_go_on_that_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: Any
+) -> None:
+    stop_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(tmp_path / "run", method=Heads(), seeds=[0, 1])
+    assert [note.partition("; ")[2] or note for note in stopped.value.__notes__] == [
+        f"go on with `ntkcl.resume('{tmp_path}/run/seed-0')` where 'Heads' is registered",
+        f"with all seeds by `ntkcl.resume('{tmp_path}/run')` where 'Heads' is registered",
+    ]
+
+
+def test_the_processes_of_a_sweep_import_the_module(
+    process: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("grid.toml").write_text(f'output = "s"\n[base]\n{COMMON}[grid]\nseed = [0, 1]\n')
+    words = ["sweep", "grid.toml", "--import", "my_module"]
+    assert run(*words, "--slurm", "jobs.sh") == 0
+    assert "grid.toml --import my_module --point" in Path("jobs.sh").read_text()
+    assert run(*words, "--jobs", "2") == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.count(" finished ") == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        ("nowhere", "[import] expected a module here or installed, got 'nowhere'"),
+        ("my_module.py", "[import] expected a module here or installed, got 'my_module.py'"),
+        ("broken", "No module named 'nowhere'; in the module 'broken'"),
+    ],
+)
+def test_a_module_that_is_not_there_is_named(
+    process: Any, capsys: pytest.CaptureFixture[str], module: str, error: str
+) -> None:
+    Path("broken.py").write_text("import nowhere\n")
+    assert run("resume", "o", "--import", module) == 2
+    assert capsys.readouterr().err.startswith(f"ntkcl: {error}")
+
+
+# ---- what is refused, and what is kept apart -----------------------------------------------------
 
 
 def test_every_run_has_an_object_of_its_own(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import fake_core
 import ntkcl
-from ntkcl import figures
+from ntkcl import figures, reporting
 from ntkcl.cli import main
 from ntkcl.comparison import (
     Group,
@@ -285,13 +285,66 @@ def test_a_folder_of_runs_stands_for_them_and_each_counts_once(
     assert [run.folder for run in group.runs] == [Path("runs/seed-9"), Path("runs/seed-10")]
 
 
-def test_an_unfinished_run_is_named_and_nothing_is_written(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    write_run(runs / "a")
-    (write_run(runs / "b", seed=1) / "result.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected a finished run in '.*runs/b'"):
-        ntkcl.report(runs, tmp_path / "out" / "report.html")
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+def test_runs_are_found_however_deep_and_none_is_dropped(tmp_path: Path) -> None:
+    mix = tmp_path / "mix"
+    expected = [write_run(mix / "one")]
+    for seed in (0, 1):
+        expected.append(write_run(mix / "two" / f"seed-{seed}", seed=seed))
+    expected.append(write_run(mix / "zoo" / "sweep" / "eta=1" / "seed-0"))
+    (mix / "two" / "seeds.toml").write_text("seeds = [0, 1]\n")
+    (mix / "config.toml").write_text("seeds = [0, 1]\n")  # somebody's: it makes no run
+    (mix / "zoo" / "up").symlink_to(mix)
+    (mix / "zz latest").symlink_to(mix / "one")
+    write_run(mix / ".trash" / "old", seed=5)
+    write_run(mix / "one" / "copy", seed=6)  # in a run is no other
+    runs = [run for group in compare(mix)[0].groups for run in group.runs]
+    assert [run.folder for run in runs] == expected
+
+
+def unfinished(folder: Path, **keywords: Any) -> Path:
+    (write_run(folder, **keywords) / "result.json").unlink()
+    return folder
+
+
+def model(folder: Path) -> Path:
+    """What is read of the folder of an exported model, or of an extended one."""
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(to_toml(resolve()))
+    (folder / "model.json").write_text("{}")
+    return folder
+
+
+def test_unfinished_runs_of_a_folder_are_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("swp/1/seed-0"))
+    unfinished(Path("swp/1/seed-1"), seed=1)
+    unfinished(Path("swp/2"), epochs=3)
+    model(Path("swp/given_away"))
+    model(Path("swp/1/seed-0/task-4"))
+    assert command("swp") == 0
+    assert only_group(compare("swp")).seeds == "0"
+    shown = capsys.readouterr().out
+    latex = Path("report.tex").read_text()
+    page = Page(Path("report.html").read_text())
+    for folder in ("swp/1/seed-1", "swp/2"):
+        assert f"  Left out: '{folder}' has not finished\n" in shown
+        assert f"% Left out: '{folder}' has not finished\n" in latex
+        assert f"Left out: '{folder}' has not finished\n" in page.words
+    assert "given_away" not in shown + latex + page.words
+
+
+def test_without_a_finished_run_nothing_is_written(tmp_path: Path) -> None:
+    run = unfinished(tmp_path / "runs" / "b")
+    for folder, expected in (
+        (run, rf"expected a finished run in '{run}', .*; go on with `ntkcl resume {run}`"),
+        (run.parent, rf"expected finished runs .* got 1 unfinished; .*`ntkcl resume {run}`"),
+        (model(tmp_path / "model"), r"one that holds some, got a model alone in '.*model'"),
+    ):
+        with pytest.raises(FileNotFoundError, match=expected):
+            ntkcl.report([folder], tmp_path / "out" / "report.html")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -363,6 +416,32 @@ def test_the_page_holds_all_it_shows(tmp_path: Path) -> None:
         "forward transfer: Lopez-Paz and Ranzato 2017",
     ):
         assert words in page.words
+
+
+@pytest.mark.parametrize(
+    ("classes", "split", "expected"),
+    [
+        (10, (2, 5), "3 tasks of 2, then 5, then 3 classes"),
+        (12, (2, 5), "3 tasks of 2, then 5 classes"),
+        (8, (3, 3), "3 tasks of 3, then 2 classes"),
+        (5, (5, 10), "1 task of 5 classes"),
+        (0, (2, 2), "3 tasks"),  # names were not kept
+    ],
+)
+def test_a_title_says_the_sizes_of_the_tasks(
+    tmp_path: Path, classes: int, split: tuple[int, int], expected: str
+) -> None:
+    keywords = dict(zip(("initial_classes", "increment"), split, strict=True))
+    environment = {"classes": [str(index) for index in range(classes)]}
+    tasks = int(expected[0])
+    folder = write_run(tmp_path / "a", environment=environment, tasks=tasks, **keywords)
+    (folder / "predictions.safetensors").unlink()
+    assert reporting.table_title(1, compare(folder)) == f"pets, {expected}"
+
+
+def test_the_legend_says_that_scores_are_no_probabilities(tmp_path: Path) -> None:
+    page = Page(ntkcl.report(write_run(tmp_path / "a"), tmp_path / "r.html").read_text())
+    assert "Cosines, distances and ridge outputs are no logits" in page.words
 
 
 def test_a_column_of_nothing_is_left_out(tmp_path: Path) -> None:
@@ -478,11 +557,12 @@ def test_the_command_shows_the_tables_and_says_where_they_are(
     assert re.search(r"ntk-cl corrected +0 +87\.50 +88\.75 +3\.75", printed)
     assert "Differs from protocol 1: normalize: none here, weights there" in printed
     assert "in report.html, report.csv, report.tex" in printed
-    assert command("a", "b", "--together", "--output", "all.html") == 0
+    assert command("a", "b", "--together", "--output", "new/all.html") == 0
     printed = capsys.readouterr().out
     assert "Protocol 2" not in printed
     assert "normalize: none here, weights there" in printed
-    assert Path("all.html").is_file()
+    assert "in new/all.html, new/all.csv, new/all.tex" in printed
+    assert Path("new/all.html").is_file()
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,38 @@ def test_the_command_prints_each_seed_and_the_mean(
     assert "87.50 ± 0.00 %" in capsys.readouterr().out
 
 
+def test_their_folder_gives_their_results(
+    tmp_path: Path, trainer: type[fake_core.FakeTrainer]
+) -> None:
+    results = ntkcl.train(seeds=[3, 7], output=tmp_path / "run", progress=False)
+    again = ntkcl.load_result(tmp_path / "run")
+    assert isinstance(again, Results)
+    assert repr(again) == repr(results)
+    (tmp_path / "run" / "seed-7" / "result.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"finished run in '.*/seed-7'.*`ntkcl resume"):
+        ntkcl.load_result(tmp_path / "run")
+
+
+def test_their_folder_holds_no_model_but_says_where_some_are(
+    tmp_path: Path, trainer: type[fake_core.FakeTrainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run"
+    ntkcl.train(seeds=[3, 7], output=path, progress=False)
+    with pytest.raises(FileNotFoundError) as refused:
+        ntkcl.load(path)
+    assert str(refused.value) == (
+        f"[load] expected a trained model, got no {path}/model.json; there is one in "
+        f"'{path}/seed-3', '{path}/seed-7'"
+    )
+    for command in ("evaluate", "predict"):
+        assert run(command, str(path), *(["x.png"] if command == "predict" else [])) == 2
+        assert f"there is one in '{path}/seed-3'" in capsys.readouterr().err
+    for folder in (path / "seed-3", path / "seed-7"):
+        (folder / "model.json").unlink()
+    with pytest.raises(FileNotFoundError, match=f"; finish it with `ntkcl resume {path}`"):
+        ntkcl.load(path)
+
+
 # ---- stopped, and gone on with -------------------------------------------------------------------
 
 

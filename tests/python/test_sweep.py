@@ -17,6 +17,7 @@ import pytest
 import fake_core
 import ntkcl
 from ntkcl import _C, Result, Results, sweeping
+from ntkcl.comparison import compare
 from run_comparison import differences
 from test_cli import run
 from test_resume import stop_after
@@ -284,6 +285,16 @@ def test_the_command_ends_with_a_table(
     assert re.search(r"point +state +final accuracy +average accuracy +forgetting", text)
     assert re.search(r"seed=1 +finished +87\.50 % +88\.75 % +3\.75 %", text)
     assert re.search(r"seeds=0\+1 +finished +87\.50 ± 0\.00 % +88\.75 ± 0\.00 %", text)
+
+
+def test_a_sweep_is_reported_with_its_seeds_and_without_what_failed(
+    trainer: type[fake_core.FakeTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("sweep", "grid.toml") == 0
+    Path(f"here/{NAMES[1]}/result.json").unlink()
+    compared = compare("here")
+    assert [group.seeds for group in compared[0].groups] == ["0, 1", "0", "0, 1"]
+    assert compared.unfinished == (Path(f"here/{NAMES[1]}"),)
 
 
 def test_failures_are_listed_with_exit_code_1(
