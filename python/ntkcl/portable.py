@@ -1,0 +1,79 @@
+"""The operators that a model scores with, in torch's own: what lets a program of torch.export run,
+and become ONNX, where ntkcl is not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def portable(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program without operators of ntkcl. Results differ by rounding.
+
+    Raises:
+      ValueError: the program has one that is not for scoring.
+    """
+    plain = program.run_decompositions(dict(_TABLE))
+    for node in plain.graph.nodes:
+        if str(node.target).startswith("ntkcl."):
+            raise ValueError(f"[portable] expected operators for scoring, got {node.target}")
+    return plain
+
+
+def _attention(qkv: Tensor, heads: int, gate: Tensor | None, prompts: int) -> Tensor:
+    q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2))
+    scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+    if gate is None:
+        mixed = scores.softmax(-1) @ v
+    else:
+        mixed = _others(scores, 3, prompts).softmax(-1) @ _others(v, 2, prompts)
+        apart = scores.narrow(3, 1, prompts).softmax(-1) @ v.narrow(2, 1, prompts)
+        mixed = mixed + gate[:, None, None] * apart
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _others(tokens: Tensor, dim: int, prompts: int) -> Tensor:
+    """All but the prompts, which follow the class token."""
+    rest = tokens.narrow(dim, 1 + prompts, tokens.shape[dim] - 1 - prompts)
+    return torch.cat([tokens.narrow(dim, 0, 1), rest], dim)
+
+
+def _residual_layer_norm(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x if update is None else x + update
+    out, mean, scale = torch.native_layer_norm(total, [x.shape[-1]], weight, bias, eps)
+    kept = x.new_zeros(0) if update is None else total
+    return kept, out.to(dtype or x.dtype), mean.squeeze(-1), scale.squeeze(-1)
+
+
+def _bias_relu_dropout(
+    x: Tensor, bias: Tensor, mask: Tensor | None, key: Tensor | None, p: float
+) -> Tensor:
+    if mask is not None or key is not None:
+        raise ValueError("[portable] expected no dropout in a program that scores")
+    if bias.dim() == 2:  # one for each of several adapters side by side
+        bias = bias.reshape(bias.shape[0], *[1] * (x.dim() - 2), bias.shape[1])
+    return (x + bias).relu()
+
+
+def _section_cosine(x: Tensor, prototypes: Tensor, weights: Tensor) -> Tensor:
+    sections = weights.shape[0]
+    unit, others = (F.normalize(t.unflatten(1, (sections, -1)), dim=2) for t in (x, prototypes))
+    return (unit * weights[:, None]).flatten(1) @ others.flatten(1).T
+
+
+_OPS = torch.ops.ntkcl
+_TABLE = {
+    _OPS.attention.default: _attention,
+    _OPS.bias_relu_dropout.default: _bias_relu_dropout,
+    _OPS.gelu.default: F.gelu,
+    _OPS.residual_layer_norm.default: _residual_layer_norm,
+    _OPS.section_cosine.default: _section_cosine,
+}
