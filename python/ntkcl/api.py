@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import platform
-import resource
 import signal
 import subprocess
 import threading
@@ -21,7 +20,7 @@ from typing import Any, Self, overload
 import numpy as np
 import torch
 
-from ntkcl import _C, seeds
+from ntkcl import _C, memory, seeds
 from ntkcl import config as _config
 from ntkcl.backbones import Weights, backbone_info, load_backbone
 from ntkcl.checkpoints import Checkpoint
@@ -315,6 +314,7 @@ def _check_environment(config: Config, now: Mapping[str, Any], begun: Mapping[st
 def _prepare(config: Config, call: _Call) -> tuple[_C.Trainer, dict[str, Any]]:
     if config.tensorboard:
         summary_writer()  # refuses before there is a folder
+    memory.forget_peak(config.device)
     dataset = load_dataset(
         config.dataset if call.arrays is None else call.arrays,
         config.data_root,
@@ -359,7 +359,7 @@ def _run(
             call.ranks.order(order)
             with call.ranks.training():
                 raw = trainer.run(on_event, stop, folder.save, place)
-            raw["peak_memory"] = _peak_memory()
+            raw["peak_memory"] = memory.peak_bytes(config.device)
             result = result_of(raw, folder.path, config)
             folder.finish(result, raw)
         return result
@@ -425,13 +425,6 @@ def _environment(
         "ranks": ranks.size,
         "classes": [dataset.class_names[index] for index in class_order],  # as learned
     }
-
-
-def _peak_memory() -> int:
-    """Bytes of the device's memory or, without one, of the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _cpu_name() -> str:

@@ -90,7 +90,9 @@ class Result:
       images_per_second: images trained on per training second.
       trainable_parameters: the most that a task trains.
       stored_parameters: numbers that the method keeps beside the backbone.
-      peak_memory: bytes: of the process, with CUDA of the device.
+      peak_memory: the most bytes during the run: with CUDA those that torch reserved on the device,
+        else the resident ones of the process (since the process began, where the system does not
+        count anew). Of a run that was gone on with, those of its last process.
       skipped_images: corrupt images left out, with on_corrupt="skip".
       output: the run folder.
       config: the configuration that it was run with.
