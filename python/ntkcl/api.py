@@ -27,6 +27,7 @@ from ntkcl.checkpoints import Checkpoint
 from ntkcl.config import ARRAYS, Config, cautions, resolve, to_toml
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
 from ntkcl.methods import Method, core_method, register_object, registered
+from ntkcl.names import if_missing
 from ntkcl.progress import make_progress
 from ntkcl.ranks import Order, Ranks, join
 from ntkcl.result import Result, Results, load_result, result_of
@@ -280,7 +281,8 @@ def _go_on(config: Config, call: _Call) -> Result:
             return load_result(path)
         _check_arrays(config, call.arrays)
         checkpoint = folder.checkpoints.latest()
-        trainer, environment = _prepare(config, call)
+        with if_missing("what has moved is found by dataset (--dataset), data_root or weights"):
+            trainer, environment = _prepare(config, call)
         _check_environment(config, environment, folder.environment())
         folder.go_back(checkpoint.log_bytes if checkpoint else 0)
         return _run(config, trainer, folder, call, environment, checkpoint)

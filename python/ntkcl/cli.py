@@ -106,7 +106,7 @@ def _show(result: Result | Results) -> None:
         console.print(result_table(result))
         speed = f"{result.seconds:.1f} s, {result.images_per_second:.0f} training images/s"
     console.print(
-        f"\n  {made.method} on {made.dataset}: {speed}, in {result.output}",
+        f"\n  {made.method} on {made.dataset_name}: {speed}, in {result.output}",
         soft_wrap=True,
         highlight=False,
     )
@@ -229,8 +229,15 @@ _Weights = Annotated[
 def _resume(words: list[str]) -> None:
     """Go on with a run that was stopped or killed."""
 
-    def resume(run: _Run, data_root: _DataRoot = None, weights: _Weights = None) -> None:
-        _show(ntkcl.resume(run, data_root=data_root, weights=weights))
+    def resume(
+        run: _Run,
+        dataset: Annotated[
+            str | None, tyro.conf.arg(metavar="PATH", help="the run's images, if they have moved")
+        ] = None,
+        data_root: _DataRoot = None,
+        weights: _Weights = None,
+    ) -> None:
+        _show(ntkcl.resume(run, dataset=dataset, data_root=data_root, weights=weights))
 
     _call(resume, words, "resume", _resume.__doc__)
 

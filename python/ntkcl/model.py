@@ -32,7 +32,7 @@ from ntkcl.datasets import load_dataset
 from ntkcl.datasets.loose_images import Images, image_stores, one_store
 from ntkcl.files import read_object, read_tensors, safetensors_bytes, write_atomically
 from ntkcl.methods import core_method
-from ntkcl.names import shown
+from ntkcl.names import if_missing, shown
 from ntkcl.progress import make_progress
 from ntkcl.ranks import are_several
 from ntkcl.result import Evaluation
@@ -135,12 +135,13 @@ class Model:
         Raises:
           ValueError: the data set has a class that the model does not know.
         """
-        own = dataset is None
-        found = load_dataset(
-            self.config.dataset if own else dataset,  # type: ignore[arg-type]
-            data_root if data_root is not None else self.config.data_root,
-            test_per_class=self.config.test_per_class if own else None,
-        )
+        root = data_root if data_root is not None else self.config.data_root
+        with if_missing("if its images have moved, give dataset=<where they are> (--dataset)"):
+            found = (
+                load_dataset(self.config.dataset, root, test_per_class=self.config.test_per_class)
+                if dataset is None
+                else load_dataset(dataset, root)
+            )
         numbers = {name: number for number, name in enumerate(self.classes)}
         present = {found.class_names[label] for label in found.test.labels}
         if unknown := sorted(present - numbers.keys()):
@@ -343,7 +344,8 @@ def load(
     config = resolve(given, path / "config.toml")
     packed = path / "backbone.safetensors"
     chosen = weights if weights is not None else packed if packed.is_file() else config.weights
-    found = load_backbone(config.backbone, chosen)
+    with if_missing("if it has moved, give weights=<safetensors file> (--weights)"):
+        found = load_backbone(config.backbone, chosen)
     if found.sha256 != about.weights_sha256:
         raise ValueError(
             f"[load] expected the backbone of SHA-256 {about.weights_sha256:.80}, got "

@@ -1,9 +1,11 @@
-"""What messages say of names and values: the name that was most likely meant, a value in short."""
+"""What messages say: the name that was most likely meant, a value in short, what to do where a file
+is missing."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -11,6 +13,16 @@ def shown(value: Any) -> str:
     """A value as Python writes it, shortened."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+@contextmanager
+def if_missing(hint: str) -> Iterator[None]:
+    """Adds to an error about a missing file what can be done."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        error.add_note(hint)
+        raise
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

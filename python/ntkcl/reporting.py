@@ -158,7 +158,9 @@ def _sequence_text(group: Group) -> str:
     sizes = f"{config.initial_classes}"
     if tasks > 1 and config.increment != config.initial_classes:
         sizes += f", then {config.increment}"
-    return f"{_line(config.dataset)}, {tasks} task{'s' if tasks > 1 else ''} of {sizes} classes"
+    return (
+        f"{_line(config.dataset_name)}, {tasks} task{'s' if tasks > 1 else ''} of {sizes} classes"
+    )
 
 
 def notes(tables: Sequence[Table], number: int) -> list[str]:

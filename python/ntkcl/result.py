@@ -154,7 +154,7 @@ class Result:
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name} {text}" for name, text in self.headline().items())
         return (
-            f"<ntkcl.Result {self.config.method} on {self.config.dataset}, "
+            f"<ntkcl.Result {self.config.method} on {self.config.dataset_name}, "
             f"{len(self.evaluations)} tasks: {numbers}; {self.seconds:.1f} s, '{self.output}'>"
         )
 
@@ -168,7 +168,7 @@ class Result:
             for e in self.evaluations
         )
         numbers = " · ".join(f"{name} <b>{text}</b>" for name, text in self.headline().items())
-        title = html.escape(f"{self.config.method} on {self.config.dataset}")
+        title = html.escape(f"{self.config.method} on {self.config.dataset_name}")
         return (
             f"<p><b>{title}</b> · {numbers} · {self.seconds:.1f} s</p>"
             f"<table><tr><th>after task</th><th>all seen</th>{head}</tr>{rows}</table>"
@@ -230,7 +230,7 @@ class Results(Sequence[Result]):
         numbers = ", ".join(f"{name} {text}" for name, text in self.headline().items())
         config = self.runs[0].config
         return (
-            f"<ntkcl.Results {config.method} on {config.dataset}, "
+            f"<ntkcl.Results {config.method} on {config.dataset_name}, "
             f"seeds {', '.join(map(str, self.seeds))}: {numbers}; '{self.output}'>"
         )
 
@@ -244,7 +244,7 @@ class Results(Sequence[Result]):
         )
         config = self.runs[0].config
         numbers = " · ".join(f"{name} <b>{text}</b>" for name, text in self.headline().items())
-        title = html.escape(f"{config.method} on {config.dataset}, {len(self)} seeds")
+        title = html.escape(f"{config.method} on {config.dataset_name}, {len(self)} seeds")
         return f"<p><b>{title}</b> · {numbers}</p><table><tr><th>seed</th>{head}</tr>{rows}</table>"
 
     def _values(self, name: str) -> list[float]:
