@@ -30,6 +30,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     where nothing is near."""
     names = list(known)
     plain = word.replace("-", "_").lower()
+    section, _, last = plain.rpartition(".")
+    if any(name.startswith(f"{section}.") for name in names):  # also a key that stands in none
+        inside = {name.removeprefix(f"{section}."): name for name in names}
+        near = nearest(last, [name for name in inside if "." not in name])
+        if near:
+            return inside[near]
     lasts = {name.rpartition(".")[2]: name for name in reversed(names)}
     if plain in lasts:
         return lasts[plain]

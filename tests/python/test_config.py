@@ -184,6 +184,9 @@ def test_numpy_numbers_and_paths_are_taken() -> None:
         ("ntk_cl.etta", "ntk_cl.eta"),
         ("ntk-cl.eta", "ntk_cl.eta"),
         ("batchsize", "batch_size"),
+        ("raa.rho", "rho"),
+        ("raa.epcohs", "epochs"),
+        ("raa.rnak", "raa.rank"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(key: str, meant: str) -> None:
