@@ -273,6 +273,7 @@ def _run_one(config: Config, call: _Call) -> Result:
 def _go_on(config: Config, call: _Call) -> Result:
     """The run in `config.output`, which holds one."""
     path = Path(str(config.output)).expanduser()
+    RunFolder.check_run(path)
     check_same(config, path / "config.toml")
     folder = RunFolder.reopen(path)
     with folder:
