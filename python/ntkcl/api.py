@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import platform
-import resource
 import signal
 import subprocess
 import threading
@@ -21,13 +20,14 @@ from typing import Any, Self, overload
 import numpy as np
 import torch
 
-from ntkcl import _C, seeds
+from ntkcl import _C, memory, seeds
 from ntkcl import config as _config
 from ntkcl.backbones import Weights, backbone_info, load_backbone
 from ntkcl.checkpoints import Checkpoint
 from ntkcl.config import ARRAYS, SEEDS_FILE, Config, cautions, resolve, to_toml
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
 from ntkcl.methods import Method, check_method, core_method, list_methods, register_object, way_on
+from ntkcl.names import if_missing
 from ntkcl.progress import make_progress
 from ntkcl.ranks import Order, Ranks, join
 from ntkcl.result import Result, Results, result_of
@@ -268,6 +268,7 @@ def _run_one(config: Config, call: _Call) -> Result:
 def _go_on(config: Config, call: _Call) -> Result:
     """The run in `config.output`, which holds one."""
     path = Path(str(config.output)).expanduser()
+    RunFolder.check_run(path)
     check_same(config, path / "config.toml")
     folder = RunFolder.reopen(path)
     with folder:
@@ -277,7 +278,8 @@ def _go_on(config: Config, call: _Call) -> Result:
         check_method(config.method)
         _check_arrays(config, call.arrays)
         checkpoint = folder.checkpoints.latest()
-        trainer, environment = _prepare(config, call)
+        with if_missing("what has moved is found by dataset (--dataset), data_root or weights"):
+            trainer, environment = _prepare(config, call)
         _check_environment(config, environment, folder.environment())
         folder.go_back(checkpoint.log_bytes if checkpoint else 0)
         return _run(config, trainer, folder, call, environment, checkpoint)
@@ -311,6 +313,7 @@ def _check_environment(config: Config, now: Mapping[str, Any], begun: Mapping[st
 def _prepare(config: Config, call: _Call) -> tuple[_C.Trainer, dict[str, Any]]:
     if config.tensorboard:
         summary_writer()  # refuses before there is a folder
+    memory.forget_peak(config.device)
     dataset = load_dataset(
         config.dataset if call.arrays is None else call.arrays,
         config.data_root,
@@ -355,7 +358,7 @@ def _run(
             call.ranks.order(order)
             with call.ranks.training():
                 raw = trainer.run(on_event, stop, folder.save, place)
-            raw["peak_memory"] = _peak_memory()
+            raw["peak_memory"] = memory.peak_bytes(config.device)
             result = result_of(raw, folder.path, config)
             folder.finish(result, raw)
         return result
@@ -421,13 +424,6 @@ def _environment(
         "ranks": ranks.size,
         "classes": [dataset.class_names[index] for index in class_order],  # as learned
     }
-
-
-def _peak_memory() -> int:
-    """Bytes of the device's memory or, without one, of the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _cpu_name() -> str:

@@ -22,7 +22,9 @@ import functools
 import keyword
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -36,7 +38,7 @@ from ntkcl.api import run
 from ntkcl.backbones import backbone_info
 from ntkcl.comparison import Comparison, compare
 from ntkcl.datasets import KNOWN_DATASETS
-from ntkcl.datasets.loose_images import image_paths
+from ntkcl.datasets.loose_images import image_paths, other_files
 from ntkcl.methods import import_modules
 from ntkcl.names import did_you_mean
 from ntkcl.presets import PRESETS, PUBLISHED, PUBLISHED_TASK_MEANS
@@ -45,6 +47,12 @@ from ntkcl.result import HEADLINE, Result, Results, percent
 from ntkcl.sweeping import SweepError
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+class _BadImages(Exception):
+    """Some images could not be read; the others were."""
+
+
 _UNSET = type("Unset", (str,), {})("")  # told from an empty text by identity
 _UNSET_LIST: list[str] = []
 _Modules = Annotated[
@@ -65,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_dispatch(words))
     except KeyboardInterrupt as stop:
         sys.exit(_fail(stop, 130))
-    except (FloatingPointError, SweepError) as error:
+    except (FloatingPointError, SweepError, _BadImages) as error:
         sys.exit(_fail(error, 1))
     except _USER_ERRORS as error:
         sys.exit(_fail(error, 2))
@@ -118,7 +126,7 @@ def _show(result: Result | Results) -> None:
         if result.images_per_second:  # a method may have no training steps
             speed += f", {result.images_per_second:.0f} training images/s"
     console.print(
-        f"\n  {made.method} on {made.dataset}: {speed}, in {result.output}",
+        f"\n  {made.method} on {made.dataset_name}: {speed}, in {result.output}",
         soft_wrap=True,
         highlight=False,
     )
@@ -246,12 +254,15 @@ def _resume(words: list[str]) -> None:
 
     def resume(
         run: _Run,
+        dataset: Annotated[
+            str | None, tyro.conf.arg(metavar="PATH", help="the run's images, if they have moved")
+        ] = None,
         data_root: _DataRoot = None,
         weights: _Weights = None,
         modules: _Modules = (),
     ) -> None:
         import_modules(modules)
-        _show(ntkcl.resume(run, data_root=data_root, weights=weights))
+        _show(ntkcl.resume(run, dataset=dataset, data_root=data_root, weights=weights))
 
     _call(resume, words, "resume", _resume.__doc__)
 
@@ -294,11 +305,36 @@ def _predict(words: list[str]) -> None:
         import_modules(modules)
         model = ntkcl.load(run, weights=weights)
         paths = list(image_paths(files))
-        labels, scores = model.predict(paths)
-        for path, label, score in zip(paths, labels, scores.max(1), strict=True):
-            print(f"{path}\t{label}\t{score:.4f}")
+        if others := Counter(map(_suffix, other_files(files))):
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+            print(f"ntkcl: skipped files that are no images by name: {kinds}", file=sys.stderr)
+        size = model.config.evaluation_batch_size
+        bad = sum(
+            _print_predictions(model, paths[i : i + size]) for i in range(0, len(paths), size)
+        )
+        if bad:
+            raise _BadImages(f"[predict] {bad} of {len(paths)} images could not be read")
 
     _call(predict, words, "predict", _predict.__doc__)
+
+
+def _print_predictions(model: ntkcl.Model, paths: Sequence[str]) -> int:
+    """Prints a line of each image; how many could not be read."""
+    try:
+        labels, scores = model.predict(list(paths))
+    except _USER_ERRORS as error:
+        if len(paths) > 1:
+            return sum(_print_predictions(model, [path]) for path in paths)
+        _fail(error, 1)
+        return 1
+    for path, label, score in zip(paths, labels, scores.max(1), strict=True):
+        print(f"{path}\t{label}\t{score:.4f}")
+    sys.stdout.flush()
+    return 0
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower() or "without a suffix"
 
 
 def _sweep(words: list[str]) -> None:

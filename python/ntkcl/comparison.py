@@ -437,7 +437,7 @@ def _traits(run: Run) -> dict[str, tuple[str, str]]:
     values = {key: config.flat()[key] for key in _OF_PROTOCOL}
     images, weights = (str(known.get(key)) for key in ("dataset_manifest", "weights_sha256"))
     return {
-        "images": (images, f"{_shown(config.dataset)} ({images[:12]})"),
+        "images": (images, f"{_shown(config.dataset_name)} ({images[:12]})"),
         **{key: (json.dumps(value), _shown(value)) for key, value in values.items()},
         "weights sha256": (weights, weights[:12]),
     }

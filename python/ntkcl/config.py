@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ntkcl import _C, presets
 from ntkcl.backbones import DEFAULT_BACKBONE, backbone_info, list_backbones
+from ntkcl.datasets import KNOWN_DATASETS
 from ntkcl.methods import check_method
 from ntkcl.names import did_you_mean, shown
 
@@ -102,6 +103,11 @@ class Config(BaseModel):
     tensorboard: bool = Field(
         False, description="write for TensorBoard, too; needs `pip install ntkcl[tensorboard]`"
     )
+
+    @property
+    def dataset_name(self) -> str:
+        """The data set for titles: of a path its last part."""
+        return Path(self.dataset).name or self.dataset
 
     def train_options(self) -> dict[str, Any]:
         """Options of the task loop under their C++ names."""
@@ -245,7 +251,7 @@ def resolve(
     merged: dict[str, Any] = {}
     for layer in layers:
         merged |= {key: v for key, v in layer.items() if _belongs(key, section)}
-    config = _validate(_nest(merged), method)
+    config = _with_absolute_paths(_validate(_nest(merged), method))
     _check_combinations(config)
     return config
 
@@ -393,6 +399,22 @@ def _validate(values: dict[str, Any], method: str) -> Config:
             for key in reversed(problems)
         )
     raise (TypeError if wrong_type else ValueError)(f"[config] {text}")
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """So that a run goes on, and is tested, from any working directory."""
+    given = {key: getattr(config, key) for key in ("data_root", "weights")}
+    if config.dataset != ARRAYS and config.dataset not in KNOWN_DATASETS:
+        given["dataset"] = config.dataset
+    # os.path takes names that no file and no user can have: whoever reads them says what is wrong.
+    paths = {
+        key: Path(os.path.expanduser(value)).absolute()  # noqa: PTH111
+        for key, value in given.items()
+        if value is not None
+    }
+    if "dataset" in paths and not os.path.exists(paths["dataset"]):  # noqa: PTH110
+        del paths["dataset"]  # a name in `data_root`, or nothing
+    return config.model_copy(update={key: str(path) for key, path in paths.items()})
 
 
 def _key_of(location: tuple[int | str, ...], known: Mapping[str, Option]) -> str:

@@ -38,7 +38,7 @@ def accuracy_figure(result: Result) -> Figure:
     _draw_curve(curve, result)
     _draw_accuracies(matrix, result.accuracy_matrix)
     config = result.config
-    title = [f"{config.method} on {config.dataset}, {config.backbone}", *cautions(config)]
+    title = [f"{config.method} on {config.dataset_name}, {config.backbone}", *cautions(config)]
     figure.suptitle("\n".join(title), color=_INK, parse_math=False)
     return figure
 

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,18 +29,20 @@ import torch
 from numpy.typing import NDArray
 
 from ntkcl import _C
-from ntkcl.backbones import Weights, backbone_info, load_backbone
-from ntkcl.config import SEEDS_FILE, Config, options, resolve, to_toml
-from ntkcl.datasets import load_dataset
+from ntkcl.backbones import Weights, backbone_info, load_backbone, sha256_of
+from ntkcl.config import ARRAYS, SEEDS_FILE, Config, options, resolve, to_toml
+from ntkcl.datasets import load_test_images
 from ntkcl.datasets.loose_images import Images, image_stores, one_store
 from ntkcl.files import read_object, read_tensors, safetensors_bytes, write_atomically
 from ntkcl.methods import core_method
-from ntkcl.names import shown
+from ntkcl.names import if_missing, shown
 from ntkcl.progress import make_progress
 from ntkcl.ranks import are_several
 from ntkcl.result import Evaluation
 
 FORMAT = 1
+# Methods that torch.export cannot record, and why.
+_NO_PROGRAM = {"lorac-ipc": "it looks at its tensors to decide what to compute"}
 
 
 class Predictions(NamedTuple):
@@ -107,9 +112,9 @@ class Model:
         """The class of each image.
 
         Args:
-          images: a path of an image, or of a folder of images (all below it, by name); an array,
-            uint8 (h, w, 3) or (n, h, w, 3), or grey (h, w) or (n, h, w); a PIL image; or a list
-            of these.
+          images: a path of an image, or of a folder of images (all below it, by name); an array or
+            a tensor, uint8 (h, w, 3) or (n, h, w, 3), or grey (h, w), (n, h, w) or (n, h, w, 1);
+            a PIL image; or a list of these.
 
         Raises:
           FileNotFoundError: no such file, or no image in a folder.
@@ -130,17 +135,25 @@ class Model:
         *,
         data_root: str | os.PathLike[str] | None = None,
     ) -> Evaluation:
-        """The test after the last task, on the test images of a data set; none: of its own.
+        """The test after the last task, on the test images of a data set; none: of its own. Test
+        images are enough: {"test": (images, labels)}, or a folder with test/<class>/<image>.
 
         Raises:
-          ValueError: the data set has a class that the model does not know.
+          ValueError: the data set has a class that the model does not know; no data set is given,
+            and the model's own was arrays.
         """
-        own = dataset is None
-        found = load_dataset(
-            self.config.dataset if own else dataset,  # type: ignore[arg-type]
-            data_root if data_root is not None else self.config.data_root,
-            test_per_class=self.config.test_per_class if own else None,
-        )
+        if dataset is None and self.config.dataset == ARRAYS:
+            raise ValueError(
+                "[evaluate] expected the test images again, as a file does not hold the run's "
+                'arrays: evaluate(run, dataset={"test": (images, labels)}), got none'
+            )
+        root = data_root if data_root is not None else self.config.data_root
+        with if_missing("if its images have moved, give dataset=<where they are> (--dataset)"):
+            found = (
+                load_test_images(self.config.dataset, root, self.config.test_per_class)
+                if dataset is None
+                else load_test_images(dataset, root)
+            )
         numbers = {name: number for number, name in enumerate(self.classes)}
         present = {found.class_names[label] for label in found.test.labels}
         if unknown := sorted(present - numbers.keys()):
@@ -178,6 +191,8 @@ class Model:
 
         Raises:
           ValueError: a class is known already; a class without images; a key that does not fit.
+          TypeError: images without the names of their classes.
+          KeyboardInterrupt: Ctrl-C; the model is as it was.
         """
         if are_several():
             raise ValueError("[add_task] expected a process alone, got one of several ranks")
@@ -192,31 +207,36 @@ class Model:
                 f"[add_task] 'test': expected old and new classes, got {', '.join(missing[:5])}"
             )
         tasks = len(self.task_sizes)
-        folder = self._next_folder(tasks + 1) if output is None else Path(output).expanduser()
+        folder = self._next_folder(tasks + 1) if output is None else _folder(output, "add_task")
         _check_absent(folder)
-        trainer = _C.Trainer(
-            core_method(config.method),
-            config.method_options(),
-            config.train_options(),
-            self._transformer(),
-            {
-                "train": one_store(train, classes),
-                "test": one_store(tested, classes),
-                "class_order": list(range(len(classes))),
-                "task_sizes": [*self.task_sizes, len(train)],
-                "finished_classes": len(self.classes),
-            },
-            config.transform_options(),
-            config.loader_options(),
-            *config.mean_std(),
-        )
-        trainer.begin_after(tasks, self._state)
-        with make_progress(progress) as shown:
-            raw = trainer.run(shown)
+        with _in_words_of_add_task(classes), make_progress(progress) as display:
+            trainer = _C.Trainer(
+                core_method(config.method),
+                config.method_options(),
+                config.train_options(),
+                self._transformer(),
+                {
+                    "train": one_store(train, classes),
+                    "test": one_store(tested, classes),
+                    "class_order": list(range(len(classes))),
+                    "task_sizes": [*self.task_sizes, len(train)],
+                    "finished_classes": len(self.classes),
+                },
+                config.transform_options(),
+                config.loader_options(),
+                *config.mean_std(),
+            )
+            trainer.begin_after(tasks, self._state)
+            raw = trainer.run(display)
         self.classes, self.task_sizes = classes, [*self.task_sizes, len(train)]
         self._state = raw["state"]
         self._predictor = self._make_predictor()
-        self._save(folder, with_backbone=False)
+        try:
+            self._save(folder, with_backbone=False)
+        except BaseException as error:
+            error.add_note("the task is learned, and not saved: Model.export writes it")
+            raise
+        self._folder = folder
         return Evaluation.of(raw["evaluations"][-1]) if tested else None
 
     def export(self, folder: str | os.PathLike[str], *, program_batch: int | None = None) -> Path:
@@ -229,7 +249,7 @@ class Model:
         Raises:
           ValueError: there is something already; a method that cannot be a program.
         """
-        return self._save(Path(folder).expanduser(), with_backbone=True, program=program_batch)
+        return self._save(_folder(folder, "export"), with_backbone=True, program=program_batch)
 
     def as_program(self, batch: int = 1) -> torch.export.ExportedProgram:
         """The model as a program of torch.export: uint8 images (batch, 3, S, S), transformed as
@@ -241,6 +261,11 @@ class Model:
         Raises:
           ValueError: the method looks at its tensors to decide what to compute, as LoRAC-IPC does.
         """
+        if self.config.method in _NO_PROGRAM:
+            raise ValueError(
+                f"[as_program] '{self.config.method}' cannot be a program of torch.export: "
+                f"{_NO_PROGRAM[self.config.method]}"
+            )
         if batch < 1:
             raise ValueError(f"[as_program] 'batch': expected at least 1, got {batch}")
         precision = "float64" if self.config.precision == "float64" else "float32"
@@ -296,9 +321,13 @@ class Model:
 
     def _save(self, folder: Path, with_backbone: bool, program: int | None = None) -> Path:
         """Whole or not at all: into a folder beside it, which then gets the name."""
-        _check_absent(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            _check_absent(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            name = f".{folder.name}."
+            work = Path(tempfile.mkdtemp(prefix=name, suffix=".tmp", dir=folder.parent))
+        except OSError as error:
+            raise OSError(f"[output] cannot write to '{folder}': {error.strerror}") from None
         try:
             state = safetensors_bytes(self._state, {"ntkcl.method": self.config.method})
             write_model(work, state, self.classes, self.task_sizes, self._weights.sha256)
@@ -307,12 +336,11 @@ class Model:
             if with_backbone:
                 shutil.copyfile(self._weights.path, work / "backbone.safetensors")
             if program is not None:
-                torch.export.save(self.as_program(program), work / "program.pt2")
+                _write_program(self.as_program(program), work / "program.pt2")
             work.chmod(0o755)
             work.rename(folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        self._folder = folder
         return folder
 
 
@@ -336,14 +364,14 @@ def load(
       FileNotFoundError: no model there, or its backbone is not found.
       ValueError: a file is damaged, or the backbone is another one.
     """
-    path = Path(run).expanduser()
+    path = _folder(run, "load")
     about = _read_about(path)
     moved = {"device": device, "threads": threads}
     given = {key: value for key, value in moved.items() if value is not None}
     config = resolve(given, path / "config.toml", any_method=True)
-    packed = path / "backbone.safetensors"
-    chosen = weights if weights is not None else packed if packed.is_file() else config.weights
-    found = load_backbone(config.backbone, chosen)
+    chosen = weights or _packed_backbone(path, about.weights_sha256) or config.weights
+    with if_missing("if it has moved, give weights=<safetensors file> (--weights)"):
+        found = load_backbone(config.backbone, chosen)
     if found.sha256 != about.weights_sha256:
         raise ValueError(
             f"[load] expected the backbone of SHA-256 {about.weights_sha256:.80}, got "
@@ -377,7 +405,15 @@ def write_model(
     write_atomically(folder / "model.json", about.content())
 
 
+def _folder(given: str | os.PathLike[str], where: str) -> Path:
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(f"[{where}] expected the path of a folder, got {shown(given)}")
+    return Path(given).expanduser()
+
+
 def _read_about(path: Path) -> ModelFile:
+    if not path.is_dir():
+        raise FileNotFoundError(f"[load] expected a trained model, got '{path}': no such folder")
     file = path / "model.json"
     if not file.is_file():
         raise FileNotFoundError(
@@ -408,6 +444,21 @@ def _where_else(path: Path) -> str:
     return f"; finish it with `ntkcl resume {path}`" if begun else ""
 
 
+def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    with warnings.catch_warnings():
+        # Parts of a tensor are constants of the program; the program is on the CPU.
+        warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
+        torch.export.save(program, path)
+
+
+def _packed_backbone(path: Path, sha256: str) -> Path | None:
+    """The backbone of an exported model; a task that was added to it has it in the folder above."""
+    beside, above = (folder / "backbone.safetensors" for folder in (path, path.absolute().parent))
+    if beside.is_file():
+        return beside
+    return above if above.is_file() and sha256_of(above) == sha256 else None
+
+
 def _read_state(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"[load] '{path}' is missing")
@@ -436,10 +487,32 @@ def _with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
     return resolve(known | {"validation_fraction": 0.0} | dict(keys))
 
 
+@contextmanager
+def _in_words_of_add_task(classes: Sequence[str]) -> Iterator[None]:
+    """What ends the training, as the user of `add_task` knows it."""
+
+    def name(number: re.Match[str]) -> str:  # which is what the core knows of a class
+        return f"[add_task] class '{classes[int(number[1])]}':"
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.args = ("[add_task] stopped; nothing was saved: the model is as it was",)
+        raise
+    except ValueError as error:
+        error.args = (re.sub(r"^\[train\] class (\d+):", name, str(error)),)
+        raise
+
+
 def _by_class(
     images: Mapping[str, Images] | str | os.PathLike[str], where: str
 ) -> dict[str, Images]:
     """Images of each class; of a folder, its folders."""
+    if not isinstance(images, Mapping | str | os.PathLike):
+        raise TypeError(
+            f"[add_task] '{where}': expected images by the name of their class, or the path of a "
+            f"folder <class>/<image>, got {type(images).__name__}"
+        )
     if not isinstance(images, Mapping):
         root = Path(images).expanduser()
         if not root.is_dir():

@@ -165,7 +165,7 @@ def table_title(number: int, tables: Sequence[Table]) -> str:
 def _sequence_text(group: Group) -> str:
     run = group.runs[0]
     tasks = len(run.result.evaluations)
-    text = f"{_line(group.config.dataset)}, {tasks} task{'s' if tasks > 1 else ''}"
+    text = f"{_line(group.config.dataset_name)}, {tasks} task{'s' if tasks > 1 else ''}"
     # The first, those of the increment, and the last, which may have what is left.
     sizes = ", then ".join(str(size) for size, _ in itertools.groupby(run.task_sizes))
     return f"{text} of {sizes} classes" if sizes else text

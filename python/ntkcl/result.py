@@ -89,7 +89,9 @@ class Result:
       images_per_second: images trained on per training second.
       trainable_parameters: the most that a task trains.
       stored_parameters: numbers that the method keeps beside the backbone.
-      peak_memory: bytes: of the process, with CUDA of the device.
+      peak_memory: the most bytes during the run: with CUDA those that torch reserved on the device,
+        else the resident ones of the process (since the process began, where the system does not
+        count anew). Of a run that was gone on with, those of its last process.
       skipped_images: corrupt images left out, with on_corrupt="skip".
       output: the run folder.
       config: the configuration that it was run with.
@@ -151,7 +153,7 @@ class Result:
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name} {text}" for name, text in self.headline().items())
         return (
-            f"<ntkcl.Result {self.config.method} on {self.config.dataset}, "
+            f"<ntkcl.Result {self.config.method} on {self.config.dataset_name}, "
             f"{len(self.evaluations)} tasks: {numbers}; {self.seconds:.1f} s, '{self.output}'>"
         )
 
@@ -165,7 +167,7 @@ class Result:
             for e in self.evaluations
         )
         numbers = " · ".join(f"{name} <b>{text}</b>" for name, text in self.headline().items())
-        title = html.escape(f"{self.config.method} on {self.config.dataset}")
+        title = html.escape(f"{self.config.method} on {self.config.dataset_name}")
         return (
             f"<p><b>{title}</b> · {numbers} · {self.seconds:.1f} s</p>"
             f"<table><tr><th>after task</th><th>all seen</th>{head}</tr>{rows}</table>"
@@ -227,7 +229,7 @@ class Results(Sequence[Result]):
         numbers = ", ".join(f"{name} {text}" for name, text in self.headline().items())
         config = self.runs[0].config
         return (
-            f"<ntkcl.Results {config.method} on {config.dataset}, "
+            f"<ntkcl.Results {config.method} on {config.dataset_name}, "
             f"seeds {', '.join(map(str, self.seeds))}: {numbers}; '{self.output}'>"
         )
 
@@ -241,7 +243,7 @@ class Results(Sequence[Result]):
         )
         config = self.runs[0].config
         numbers = " · ".join(f"{name} <b>{text}</b>" for name, text in self.headline().items())
-        title = html.escape(f"{config.method} on {config.dataset}, {len(self)} seeds")
+        title = html.escape(f"{config.method} on {config.dataset_name}, {len(self)} seeds")
         return f"<p><b>{title}</b> · {numbers}</p><table><tr><th>seed</th>{head}</tr>{rows}</table>"
 
     def _values(self, name: str) -> list[float]:

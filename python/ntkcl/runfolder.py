@@ -108,6 +108,17 @@ class RunFolder:
         beside = ("environment.json", "result.json")
         return (path / "config.toml").is_file() and any((path / n).is_file() for n in beside)
 
+    @staticmethod
+    def check_run(path: Path) -> None:
+        """ValueError where a model alone is, without the run that made it."""
+        has = {
+            name for name in ("model", "environment", "result") if (path / f"{name}.json").is_file()
+        }
+        if has == {"model"}:
+            raise ValueError(
+                f"[resume] expected a run, got a model in '{path}'; ntkcl.load reads it"
+            )
+
     @property
     def finished(self) -> bool:
         """result.json is written last."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Of result.json and of events; memory is that of the process.
+# Of result.json and of events; memory is also what the process holds beside the run.
 TIMES = {"seconds", "training_seconds", "images_per_second", "peak_memory"}
 FILES = ("state.safetensors", "predictions.safetensors", "accuracy_matrix.csv", "config.toml")
 

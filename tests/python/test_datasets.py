@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset, plain_pickle
@@ -268,6 +269,19 @@ def test_arrays() -> None:
     changed[0, 0, 0] ^= 1
     other = load_dataset({"train": (train, [10, 2, 2, 10, 5, 2]), "test": (changed, [5, 10, 2])})
     assert other.manifest_hash != dataset.manifest_hash
+
+
+def test_tensors_are_arrays() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
+    labels = [0, 1, 0]
+    arrays = {split: (images, labels) for split in ("train", "test")}
+    tensors = {split: (torch.from_numpy(images), labels) for split in ("train", "test")}
+    assert load_dataset(tensors).manifest_hash == load_dataset(arrays).manifest_hash
+    planes = (torch.from_numpy(images).permute(0, 3, 1, 2), labels)
+    with pytest.raises(
+        ValueError, match=r"got \(3, 3, 4, 5\); channels come last: images\.permute"
+    ):
+        load_dataset({"train": planes, "test": planes})
 
 
 def test_arrays_with_names() -> None:

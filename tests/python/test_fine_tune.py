@@ -220,9 +220,10 @@ def test_joint_begins_every_task_anew() -> None:
 def test_joint_does_not_go_on_without_the_old_images(tmp_path: Path) -> None:
     run = train(tmp_path / "run", method="joint").output
     images, _ = images_of(1, TRAIN, np.random.default_rng(0))
-    message = r"\[train\] class 0: expected its training images, which this method reads again"
+    model = ntkcl.load(run)
+    message = rf"\[add_task\] class '{model.classes[0]}': expected its training images, which this"
     with pytest.raises(ValueError, match=message):
-        ntkcl.load(run).add_task({"new": images})
+        model.add_task({"new": images})
 
 
 def test_joint_is_fine_tuning_in_the_first_task() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ntkcl
+from ntkcl.progress import Silent
 from test_training import CLASSES, TEST, TRAIN, dataset, images_of, train
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -36,10 +38,16 @@ NATURAL = {"class_order": "natural", "threads": 1}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each method, made when it is asked for."""
     root = tmp_path_factory.mktemp("runs")
-    for method, keys in METHODS.items():
-        train(root / method, method=method, **NATURAL, **keys)
-    return {method: root / method for method in METHODS}
+
+    class Runs(dict[str, Path]):
+        def __missing__(self, method: str) -> Path:
+            self[method] = root / method
+            train(root / method, method=method, **NATURAL, **METHODS[method])
+            return self[method]
+
+    return Runs()
 
 
 def pixels_of_test() -> np.ndarray:
@@ -99,6 +107,7 @@ def test_an_exported_model_needs_nothing_else(
     assert {path.name for path in tmp_path.iterdir()} == {"elsewhere"}
 
 
+@pytest.mark.filterwarnings("error:No complete tensor")
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "lorac-ipc"])
 def test_a_program_scores_as_the_model_does(
     tmp_path: Path, runs: dict[str, Path], method: str
@@ -122,12 +131,39 @@ def test_a_program_scores_as_the_model_does(
 
 
 def test_a_method_that_decides_by_features_is_no_program(
-    tmp_path: Path, runs: dict[str, Path]
+    tmp_path: Path, runs: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = ntkcl.load(runs["lorac-ipc"])
-    with pytest.raises(ValueError, match=r"\[as_program\] 'lorac-ipc' cannot be a program"):
+    with pytest.raises(ValueError, match=r"'lorac-ipc' cannot be a program .*: it looks at its"):
         model.export(tmp_path / "given", program_batch=1)
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")  # Protects: torch prints the graph that it fails over.
+
+
+def test_an_exported_model_is_not_written_to(tmp_path: Path, runs: dict[str, Path]) -> None:
+    shutil.copytree(runs["simple-cil"], tmp_path / "run")
+    model = ntkcl.load(tmp_path / "run")
+    model.export(tmp_path / "given")
+    model.add_task(new_classes(0, 1, 2, noise=5, name="new"))
+    assert (tmp_path / "run" / "task-4").is_dir()
+    assert not (tmp_path / "given" / "task-4").exists()
+
+
+def test_a_task_that_an_exported_model_learned_has_its_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path]
+) -> None:
+    ntkcl.load(runs["simple-cil"]).export(tmp_path / "given")
+    config = tmp_path / "given" / "config.toml"
+    config.write_text(f'weights = "{tmp_path / "gone.safetensors"}"\n' + config.read_text())
+    model = ntkcl.load(tmp_path / "given")
+    model.add_task(new_classes(0, 1, 2, noise=5, name="new"))
+    (tmp_path / "given").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere" / "task-4")
+    assert ntkcl.load(".").classes == model.classes
+    # Protects: a strange file in the folder above is no reason to fail.
+    (tmp_path / "elsewhere" / "backbone.safetensors").write_bytes(b"another one")
+    with pytest.raises(FileNotFoundError, match="gone"):
+        ntkcl.load(".")
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -155,6 +191,13 @@ def test_images_come_as_paths_folders_arrays_and_lists(
         model.predict(np.repeat(grey[..., None], 3, 2)).scores,
         atol=1e-6,
     )
+    assert model.predict(grey[None]).scores.shape == (1, CLASSES)  # one image in both readings
+    greys = np.stack([grey] * 3)[..., None]
+    assert model.predict(greys).scores.shape == (3, CLASSES)
+    np.testing.assert_array_equal(model.predict(torch.from_numpy(pixels)).scores, expected)
+    np.testing.assert_array_equal(
+        model.predict(torch.from_numpy(pixels[0])).labels, model.predict(pixels[0]).labels
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,8 +205,16 @@ def test_images_come_as_paths_folders_arrays_and_lists(
     [
         ("nowhere.png", FileNotFoundError, "no such file: 'nowhere.png'"),
         ([], ValueError, "at least one image, got none"),
-        (np.zeros((2, 2, 3), np.float32), TypeError, "expected uint8 pixels, got float32"),
-        (np.zeros((2, 2, 5, 4), np.uint8), ValueError, r"got \(2, 2, 5, 4\)"),
+        (np.zeros((2, 2, 3), np.float32), TypeError, "expected uint8 images, got float32"),
+        (np.zeros((2, 2, 5, 4), np.uint8), ValueError, r"got \(2, 2, 5, 4\)$"),
+        (np.zeros((3, 9, 9), np.uint8), ValueError, r"of \(3, h, w\) give image\.permute"),
+        (torch.zeros(3, 9, 9, dtype=torch.uint8), ValueError, r"got \(3, 9, 9\)"),
+        (np.zeros((4, 9, 9), np.uint8), ValueError, r"got \(4, 9, 9\)"),
+        (np.zeros((9, 9, 4), np.uint8), ValueError, r"of \(h, w, 4\) image\[\.\.\., :3\]"),
+        (np.zeros((9, 9, 1), np.uint8), ValueError, r"got \(9, 9, 1\)"),
+        ([np.zeros((3, 9, 9), np.uint8)], ValueError, r"got \(3, 9, 9\)"),
+        (np.zeros((2, 3, 9, 9), np.uint8), ValueError, r"images\.permute\(0, 2, 3, 1\)"),
+        (torch.zeros(2, 2, 3, dtype=torch.bfloat16), TypeError, "images, got torch.bfloat16"),
         (7, TypeError, "a list of these, got int"),
     ],
 )
@@ -193,12 +244,41 @@ def test_a_data_set_with_other_classes_is_refused(runs: dict[str, Path]) -> None
         ntkcl.evaluate(runs["simple-cil"], other)
 
 
+@pytest.mark.parametrize("kind", ["arrays", "folder", "zip"])
+def test_test_images_are_enough_for_a_test(
+    tmp_path: Path, runs: dict[str, Path], kind: str
+) -> None:
+    images, labels = dataset()["test"]
+    data: Any = {"test": (images, labels)}
+    if kind != "arrays":
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            folder = tmp_path / "data" / "test" / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number:03d}.png")
+        data = tmp_path / "data"
+    if kind == "zip":
+        data = shutil.make_archive(str(tmp_path / "zipped"), "zip", data)
+    expected = ntkcl.evaluate(runs["simple-cil"], dataset())
+    np.testing.assert_equal(vars(ntkcl.evaluate(runs["simple-cil"], data)), vars(expected))
+    with pytest.raises((ValueError, FileNotFoundError), match="train"):
+        train(tmp_path / "run", data)
+
+
+def test_arrays_must_be_given_again_for_a_test(runs: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"\[evaluate\] expected the test images again"):
+        ntkcl.evaluate(runs["simple-cil"])
+    with pytest.raises(ValueError, match=r"expected arrays 'test', got \['train'\]"):
+        ntkcl.evaluate(runs["simple-cil"], {"train": dataset()["train"]})
+
+
 # ---- another task --------------------------------------------------------------------------------
 
 
-def new_classes(first: int, count: int, per_class: int, noise: int) -> dict[str, np.ndarray]:
+def new_classes(
+    first: int, count: int, per_class: int, noise: int, name: str = ""
+) -> dict[str, np.ndarray]:
     images, labels = images_of(CLASSES, per_class, np.random.default_rng(noise))
-    return {str(c): images[labels == c] for c in range(first, first + count)}
+    return {f"{name}{c}": images[labels == c] for c in range(first, first + count)}
 
 
 def first_classes(count: int) -> dict[str, Any]:
@@ -288,6 +368,56 @@ def test_a_task_that_does_not_fit_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("images", [[pixels_of_test()], pixels_of_test(), None])
+def test_images_without_the_names_of_classes_are_refused(
+    runs: dict[str, Path], images: Any
+) -> None:
+    model = ntkcl.load(runs["simple-cil"])
+    message = rf"images by the name of their class, or the path .* got {type(images).__name__}"
+    for keys in ({"images": images}, {"images": {"new": pixels_of_test()}, "test": images}):
+        if keys.get("test", 0) is None:  # no test
+            continue
+        with pytest.raises(TypeError, match=message):
+            model.add_task(**keys)
+
+
+@pytest.mark.parametrize("method", GOES_ON)
+def test_a_task_that_is_stopped_leaves_the_model_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], method: str
+) -> None:
+    class Stops(Silent):
+        def on_stage(self, event: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+        on_step = on_stage
+
+    shutil.copytree(runs[method], tmp_path / "run")
+    model = ntkcl.load(tmp_path / "run")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    state = {name: tensor.clone() for name, tensor in model._state.items()}
+    scores = model.predict(pixels_of_test()).scores
+    monkeypatch.setattr(ntkcl.model, "make_progress", lambda _: Stops())
+    with pytest.raises(KeyboardInterrupt, match="stopped; nothing was saved: the model is as it"):
+        model.add_task(new_classes(0, 1, 8, noise=5, name="new"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert model.task_sizes == [2, 2, 2]
+    assert model.classes == [str(c) for c in range(CLASSES)]
+    assert all(model._state[name].equal(tensor) for name, tensor in state.items())
+    np.testing.assert_array_equal(model.predict(pixels_of_test()).scores, scores)
+
+
+def test_a_task_that_cannot_be_saved_is_not_lost(tmp_path: Path, runs: dict[str, Path]) -> None:
+    model = ntkcl.load(runs["simple-cil"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write to .*: Not a directory") as error:
+        model.add_task(
+            new_classes(0, 1, 2, noise=5, name="new"), output=tmp_path / "file" / "x" / "y"
+        )
+    assert error.value.__notes__ == ["the task is learned, and not saved: Model.export writes it"]
+    model.export(tmp_path / "given")
+    assert ntkcl.load(tmp_path / "given").classes[-1] == "new0"
+
+
 # ---- what is damaged -----------------------------------------------------------------------------
 
 
@@ -323,6 +453,32 @@ def test_nothing_is_overwritten(tmp_path: Path, runs: dict[str, Path]) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="expected a new folder, got"):
         model.export(tmp_path / "there")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write to '.*/file/x/y': Not a directory"):
+        model.export(tmp_path / "file" / "x" / "y")
+    with pytest.raises(TypeError, match=r"\[export\] expected the path of a folder, got None"):
+        model.export(None)  # type: ignore[arg-type]
+
+
+def test_what_is_no_folder_is_not_loaded(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"\[load\] .* got '.*/nope': no such folder"):
+        ntkcl.load(tmp_path / "nope")
+    with pytest.raises(TypeError, match=r"\[load\] expected the path of a folder, got None"):
+        ntkcl.load(None)  # type: ignore[arg-type]
+
+
+def test_a_model_is_not_resumed(tmp_path: Path, runs: dict[str, Path]) -> None:
+    ntkcl.load(runs["simple-cil"]).export(tmp_path / "given")
+    before = {path.name for path in (tmp_path / "given").iterdir()}
+    for go_on in (
+        lambda: ntkcl.resume(tmp_path / "given", dataset=dataset()),
+        lambda: train(tmp_path / "given", method="simple-cil", resume=True),
+    ):
+        with pytest.raises(
+            ValueError, match=r"expected a run, got a model in .*; ntkcl\.load reads"
+        ):
+            go_on()
+    assert {path.name for path in (tmp_path / "given").iterdir()} == before
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -352,3 +508,19 @@ def test_the_commands(tmp_path: Path) -> None:
     assert [line[0] for line in lines] == [str(tmp_path / "black.png")] * 2
     assert lines[0][1] in [str(digit) for digit in range(10)]
     assert command("predict", run, tmp_path / "none.png").returncode == 2
+
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.png", "c.png", "deep/d.png"):
+        shutil.copy(tmp_path / "black.png", folder / name)
+    (folder / "b.png").write_bytes(b"no picture")
+    for name in ("x.gif", "y.tif", "deep/z.TIF", ".hidden"):
+        (folder / name).write_bytes(b"")
+    done = command("predict", run, folder)
+    assert done.returncode == 1
+    found = [line.split("\t")[0] for line in done.stdout.splitlines()]
+    assert found == [str(folder / name) for name in ("a.png", "c.png", "deep/d.png")]
+    first, second, last = done.stderr.splitlines()
+    assert first == "ntkcl: skipped files that are no images by name: 1 .gif, 2 .tif"
+    assert "b.png: expected" in second
+    assert last == "ntkcl: [predict] 1 of 4 images could not be read"

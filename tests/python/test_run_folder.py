@@ -2,19 +2,25 @@
 when a run fails. Where a test says when to fail, the task loop is a stand-in."""
 
 import inspect
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 import fake_core
 import ntkcl
 from ntkcl import _C
+from ntkcl.backbones import DEFAULT_BACKBONE, load_backbone
+from ntkcl.cli import main
 from ntkcl.config import options, resolve
 from ntkcl.runfolder import RunFolder, write_atomically
 
@@ -41,6 +47,12 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> type[fake_core.FakeTrainer]:
 
 def train(output: Path, **keywords: Any) -> ntkcl.Result:
     return ntkcl.train(output=output, progress=False, **keywords)
+
+
+def command(*words: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    return int(stop.value.code or 0)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -141,6 +153,86 @@ def test_arrays_in_memory_are_trained_on(tmp_path: Path) -> None:
         ntkcl.train(tmp_path / "run" / "config.toml", output=tmp_path / "again")
     again = ntkcl.train(tmp_path / "run" / "config.toml", dataset=arrays, output=tmp_path / "again")
     assert again.accuracy == result.accuracy
+
+
+# ---- paths ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with images in "fd", and weights in "w.safetensors" beside it."""
+    here = tmp_path / "here"
+    for split, name in itertools.product(("train", "test"), ("ant", "bee")):
+        folder = here / "fd" / split / name
+        folder.mkdir(parents=True)
+        pixels = np.full((8, 8, 3), 40 if name == "ant" else 200, np.uint8)
+        Image.fromarray(pixels).save(folder / "a.png")
+    shutil.copy(load_backbone(DEFAULT_BACKBONE).path, here / "w.safetensors")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(here)
+    return here / "fd"
+
+
+PATHS = {
+    "method": "simple-cil",
+    "initial_classes": 1,
+    "increment": 1,
+    "device": "cpu",
+    "weights": "w.safetensors",
+}
+
+
+def stop_at_a_test(event: dict[str, Any]) -> bool:
+    return event["event"] == "evaluation"
+
+
+@pytest.mark.parametrize("given", [{"dataset": "fd"}, {"dataset": "fd", "data_root": "."}])
+def test_a_run_goes_on_and_is_tested_from_another_working_directory(
+    images: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(Path("run"), **PATHS, **given, callbacks=[stop_at_a_test])
+    config = resolve(file="run/config.toml")
+    assert config.dataset == str(images)
+    assert config.weights == str(images.parent / "w.safetensors")
+    run = images.parent / "run"
+    monkeypatch.chdir(images.parent.parent / "there")
+    assert resolve(file=run / "config.toml") == config
+    assert "on fd, " in repr(ntkcl.resume(run))
+    assert ntkcl.evaluate(run).top1 == 100
+
+
+def test_names_of_data_sets_stay_names(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("digits", "arrays", "cub", "elsewhere"):
+        (images / name).mkdir()
+    monkeypatch.chdir(images)
+    for name in ("digits", "arrays", "cub", "fd"):
+        assert resolve({"dataset": name, "data_root": "data"}).dataset == name
+    assert resolve({"dataset": "elsewhere"}).dataset == str(images / "elsewhere")
+    assert resolve({"data_root": "data"}).data_root == str(images / "data")
+    for name in ("~nobody/x", "x" * 5000, "a\0b"):
+        assert resolve({"dataset": name}).dataset == name
+    monkeypatch.setenv("HOME", str(images))
+    assert resolve({"dataset": "~/elsewhere"}).dataset == str(images / "elsewhere")
+
+
+def test_images_and_weights_that_have_moved_are_asked_for(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(Path("run"), **PATHS, dataset="fd", callbacks=[stop_at_a_test])
+    images.rename("moved")
+    assert command("resume", "run") == 2
+    assert "what has moved is found by dataset (--dataset)" in capsys.readouterr().err
+    assert command("resume", "run", "--dataset", "moved") == 0
+    assert command("evaluate", "run") == 2
+    error = capsys.readouterr().err
+    assert re.search(r"no data set '.*/fd'.*have moved, give dataset=.* \(--dataset\)", error)
+    Path("w.safetensors").rename("w2.safetensors")
+    assert command("evaluate", "run", "--dataset", "moved") == 2
+    assert "if it has moved, give weights=<safetensors file>" in capsys.readouterr().err
+    words = ["--dataset", "moved", "--weights", "w2.safetensors"]
+    assert command("evaluate", "run", *words) == 0
 
 
 # ---- refused before any work ---------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ntkcl.datasets.class_folders import file_store, folder_items, zip_items, zi
 from ntkcl.datasets.domain_lists import domain_lists, from_domain_lists
 from ntkcl.datasets.listing import FOLDER_LAYOUT, Dataset, Limits, assemble, bad_data
 
-__all__ = ["KNOWN_DATASETS", "Arrays", "Dataset", "load_dataset"]
+__all__ = ["KNOWN_DATASETS", "Arrays", "Dataset", "load_dataset", "load_test_images"]
 
 _AS_FOLDERS = f"as {FOLDER_LAYOUT}, or a zip of that"
 # How to get each known data set, for the error when it is not there.
@@ -61,14 +61,30 @@ def load_dataset(
     Raises FileNotFoundError that says what was looked for, where, and how to get it; ValueError for
     classes that are missing, empty, or not the same in train and test.
     """
-    limits = {"train": train_per_class, "test": test_per_class}
+    return _load(dataset, data_root, {"train": train_per_class, "test": test_per_class})
+
+
+def load_test_images(
+    dataset: str | os.PathLike[str] | Arrays,
+    data_root: str | os.PathLike[str] | None = None,
+    test_per_class: int | None = None,
+) -> Dataset:
+    """The same without training images: none are looked for, and `train` is empty."""
+    return _load(dataset, data_root, {"test": test_per_class})
+
+
+def _load(
+    dataset: str | os.PathLike[str] | Arrays,
+    data_root: str | os.PathLike[str] | None,
+    limits: Limits,
+) -> Dataset:
     for split, limit in limits.items():
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
             raise TypeError(f"[load_dataset] '{split}_per_class': expected int, got {limit!r}")
         if limit is not None and limit < 1:
             raise bad_data(f"'{split}_per_class': expected at least 1, got {limit}")
     if isinstance(dataset, Mapping):
-        return from_arrays("arrays", checked_arrays(dataset), limits)
+        return from_arrays("arrays", checked_arrays(dataset, tuple(limits)), limits)
     if dataset == "digits":
         return from_arrays("digits", digits(), limits)
     name = os.fspath(dataset)
@@ -99,13 +115,13 @@ def _find(name: str, data_root: str | os.PathLike[str] | None) -> Path:
 
 def _from_path(name: str, path: Path, limits: Limits) -> Dataset:
     if path.name.startswith("cifar-100-python"):
-        return from_arrays(name, read_cifar100(path), limits)
+        return from_arrays(name, read_cifar100(path, limits), limits)
     if path.is_dir() and (path / "cifar-100-python").is_dir():
-        return from_arrays(name, read_cifar100(path / "cifar-100-python"), limits)
-    if path.is_dir() and (lists := domain_lists(path)):
+        return from_arrays(name, read_cifar100(path / "cifar-100-python", limits), limits)
+    if path.is_dir() and (lists := domain_lists(path, limits)):
         return from_domain_lists(name, path, lists, limits)
     if path.is_dir():
-        return assemble(name, folder_items(path), file_store, limits)
+        return assemble(name, folder_items(path, limits), file_store, limits)
     if zipfile.is_zipfile(path):
-        return assemble(name, zip_items(path), zip_store(path), limits)
+        return assemble(name, zip_items(path, limits), zip_store(path), limits)
     raise bad_data(f"expected a folder or a zip file with {FOLDER_LAYOUT}, got the file {path}")

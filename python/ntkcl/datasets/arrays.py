@@ -32,7 +32,7 @@ def from_arrays(
 ) -> Dataset:
     images, class_names = arrays
     items: Items = {}
-    for split in SPLITS:
+    for split in limits:
         part = images[split]
         items[split] = [
             Item(class_name, image_name, hashlib.sha256(pixels.tobytes()).hexdigest(), row)
@@ -48,18 +48,22 @@ def from_arrays(
     return assemble(name, items, make_store, limits, class_names)
 
 
-def checked_arrays(arrays: Arrays) -> tuple[dict[str, LabelledImages], list[str]]:
-    if set(arrays) != set(SPLITS):
-        raise bad_data(f"expected arrays 'train' and 'test', got {sorted(map(str, arrays))}")
+def checked_arrays(
+    arrays: Arrays, splits: Sequence[str] = SPLITS
+) -> tuple[dict[str, LabelledImages], list[str]]:
+    if not set(splits) <= set(arrays) <= set(SPLITS):
+        expected = " and ".join(f"'{split}'" for split in splits)
+        raise bad_data(f"expected arrays {expected}, got {sorted(map(str, arrays))}")
     pairs: dict[str, tuple[NDArray[np.uint8], NDArray[Any]]] = {}
-    for split in SPLITS:
+    for split in splits:
         pair = arrays[split]
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"[load_dataset] '{split}': expected a pair (images, labels)")
-        pairs[split] = (_as_rgb(split, np.asarray(pair[0])), _as_labels(split, pair))
-    classes = np.unique(np.concatenate([pairs[split][1] for split in SPLITS]))
+        where = f"[load_dataset] '{split}':"
+        pairs[split] = (as_rgb(where, uint8_array(where, pair[0])), _as_labels(split, pair))
+    classes = np.unique(np.concatenate([labels for _, labels in pairs.values()]))
     if any(len(labels) == 0 for _, labels in pairs.values()):
-        raise bad_data("expected at least one image in train and in test, got none")
+        raise bad_data(f"expected at least one image in {' and in '.join(splits)}, got none")
     images = {
         split: LabelledImages(pixels, [str(label) for label in labels], _numbered(len(labels)))
         for split, (pixels, labels) in pairs.items()
@@ -67,14 +71,24 @@ def checked_arrays(arrays: Arrays) -> tuple[dict[str, LabelledImages], list[str]
     return images, [str(label) for label in classes]
 
 
-def _as_rgb(split: str, pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    if pixels.dtype != np.uint8:
-        raise TypeError(f"[load_dataset] '{split}': expected uint8 images, got {pixels.dtype}")
-    if pixels.ndim == 3:
-        pixels = pixels[..., np.newaxis]
-    if pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or 0 in pixels.shape[1:]:
-        raise bad_data(f"'{split}': expected images (n, h, w, 3) or (n, h, w), got {pixels.shape}")
-    return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+def uint8_array(where: str, images: Any) -> NDArray[np.uint8]:
+    """An array, or a tensor on any device, as numpy's."""
+    given = images if isinstance(images, torch.Tensor) else np.asarray(images)
+    if str(given.dtype).removeprefix("torch.") != "uint8":
+        raise TypeError(f"{where} expected uint8 images, got {given.dtype}")
+    return given.numpy(force=True) if isinstance(given, torch.Tensor) else given
+
+
+def as_rgb(where: str, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(n, h, w, 3) of such images, or of grey ones, (n, h, w) or (n, h, w, 1)."""
+    whole = pixels[..., np.newaxis] if pixels.ndim == 3 else pixels
+    if whole.ndim != 4 or whole.shape[3] not in (1, 3) or 0 in whole.shape[1:]:
+        planes = whole.ndim == 4 and whole.shape[1] in (1, 3, 4)
+        hint = "; channels come last: images.permute(0, 2, 3, 1)" if planes else ""
+        raise ValueError(
+            f"{where} expected images (n, h, w, 3) or (n, h, w), got {pixels.shape}{hint}"
+        )
+    return np.broadcast_to(whole, (*whole.shape[:3], 3))
 
 
 def _as_labels(split: str, pair: Sequence[ArrayLike]) -> NDArray[Any]:

@@ -3,7 +3,7 @@
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ntkcl.datasets import plain_pickle
 from ntkcl.datasets.arrays import LabelledImages
-from ntkcl.datasets.listing import SPLITS, bad_data
+from ntkcl.datasets.listing import bad_data
 from ntkcl.names import shown
 
 _LARGEST = 1 << 30  # bytes of a file; the largest of the data set has 155 million
@@ -19,13 +19,13 @@ _BAD_ARCHIVE = (tarfile.TarError, zlib.error, lzma.LZMAError)
 HOW_TO_GET = "download cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
-def read_cifar100(path: Path) -> tuple[dict[str, LabelledImages], list[str]]:
+def read_cifar100(path: Path, splits: Iterable[str]) -> tuple[dict[str, LabelledImages], list[str]]:
     read = _cifar_member_reader(path)
     names = _entry(read("meta"), "fine_label_names", path / "meta")
     if any(not isinstance(name, str) for name in names):
         raise bad_data(f"{path / 'meta'}: expected names of classes, got {shown(names)}")
     images = {}
-    for split in SPLITS:
+    for split in splits:
         content = read(split)
         where = path / split
         pixels = _entry(content, "data", where, np.ndarray)

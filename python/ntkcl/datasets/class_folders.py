@@ -23,9 +23,9 @@ from ntkcl.names import shown
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
-def folder_items(root: Path) -> Items:
+def folder_items(root: Path, splits: Iterable[str]) -> Items:
     items: Items = {}
-    for split in SPLITS:
+    for split in splits:
         folder = root / split
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -77,7 +77,7 @@ def file_store(split: str, paths: list[str], labels: list[int]) -> _C.ImageStore
     return _C.make_file_store(paths, labels)
 
 
-def zip_items(path: Path) -> Items:
+def zip_items(path: Path, splits: Iterable[str]) -> Items:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -88,11 +88,11 @@ def zip_items(path: Path) -> Items:
     if repeated := [name for name, n in Counter(e.filename for e in entries).items() if n > 1]:
         raise bad_data(f"{path}: expected each entry once, got more of {shortened(repeated)}")
     prefix = _leading_folder(entries)
-    items: Items = {split: [] for split in SPLITS}
+    items: Items = {split: [] for split in splits}
     folders, filled = set(), set()
     for entry in entries:
         parts = PurePosixPath(entry.filename).parts[prefix:]
-        if len(parts) < 2 or parts[0] not in SPLITS or parts[1].startswith("."):
+        if len(parts) < 2 or parts[0] not in items or parts[1].startswith("."):
             continue
         if len(parts) > 2 or entry.is_dir():
             folders.add(parts[:2])

@@ -5,15 +5,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from ntkcl.datasets.class_folders import file_store, size_of
-from ntkcl.datasets.listing import SPLITS, Dataset, Item, Items, Limits, assemble, bad_data
+from ntkcl.datasets.listing import Dataset, Item, Items, Limits, assemble, bad_data
 from ntkcl.names import shown
 
 
-def domain_lists(root: Path) -> dict[str, list[Path]]:
+def domain_lists(root: Path, splits: Iterable[str]) -> dict[str, list[Path]]:
     """The lists of each split: <domain>_train.txt of all domains, or domainnet_train.yaml."""
     for folder in (root, root / "splits"):
         for suffix in (".txt", ".yaml"):
-            lists = {split: sorted(folder.glob(f"*_{split}{suffix}")) for split in SPLITS}
+            lists = {split: sorted(folder.glob(f"*_{split}{suffix}")) for split in splits}
             if all(lists.values()):
                 return lists
     return {}
@@ -23,8 +23,8 @@ def from_domain_lists(
     name: str, root: Path, lists: Mapping[str, list[Path]], limits: Limits
 ) -> Dataset:
     class_of_label: dict[int, str] = {}
-    items: Items = {split: [] for split in SPLITS}
-    for split in SPLITS:
+    items: Items = {split: [] for split in lists}
+    for split in lists:
         for file in lists[split]:
             for listed, label in _read_list(file):
                 parts = PurePosixPath(listed).parts[-3:]  # domain / class / image

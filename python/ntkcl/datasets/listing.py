@@ -1,17 +1,20 @@
 """What every source of images comes down to: items of both splits, and the data set they make."""
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import torch
 
 from ntkcl import _C
 from ntkcl.names import shown
 
 SPLITS = ("train", "test")
 FOLDER_LAYOUT = "train/<class>/*.jpg and test/<class>/*.jpg (or .jpeg, .png, .bmp, .webp)"
-Limits = Mapping[str, int | None]  # images kept per class, by split
+Limits = Mapping[str, int | None]  # images kept per class, of each split that is read
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,11 @@ def assemble(
     class_names gives the order of the classes; sorted by name without it.
     """
     _check_classes(name, items)
-    classes = class_names or sorted({item.class_name for item in items["train"]})
+    classes = class_names or sorted({item.class_name for item in items["test"]})
     index_of = {class_name: index for index, class_name in enumerate(classes)}
     manifest = hashlib.sha256()
     stores = {}
-    for split in SPLITS:
+    for split in items:
         ordered = sorted(items[split], key=lambda item: (index_of[item.class_name], item.name))
         kept = _first_of_each_class(ordered, limits[split])
         for item in kept:
@@ -68,15 +71,17 @@ def assemble(
             manifest.update(line.encode("utf-8", "surrogateescape"))
         labels = [index_of[item.class_name] for item in kept]
         stores[split] = make_store(split, [item.source for item in kept], labels)
+    if "train" not in stores:
+        stores["train"] = _C.make_array_store(torch.zeros((0, 1, 1, 3), dtype=torch.uint8), [])
     return Dataset(name, classes, stores["train"], stores["test"], manifest.hexdigest())
 
 
 def _check_classes(name: str, items: Items) -> None:
-    classes = {split: {item.class_name for item in items[split]} for split in SPLITS}
-    for split in SPLITS:
+    classes = {split: {item.class_name for item in found} for split, found in items.items()}
+    for split in classes:
         if not classes[split]:
             raise bad_data(f"'{name}': expected at least one class in {split}, got none")
-    for split, other in (SPLITS, SPLITS[::-1]):
+    for split, other in itertools.permutations(classes, 2):
         if missing := sorted(classes[other] - classes[split]):
             raise bad_data(
                 f"'{name}': expected the same classes in train and test, got {len(missing)} of "

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from ntkcl import _C
-from ntkcl.datasets.class_folders import is_image
+from ntkcl.datasets.arrays import as_rgb, uint8_array
+from ntkcl.datasets.class_folders import IMAGE_SUFFIXES, is_image
 
 # A path, an array, a PIL image, or a list of these.
 Images = Any
@@ -75,7 +76,7 @@ def _flat(images: Images) -> Iterator[str | Pixels]:
     if isinstance(images, str | os.PathLike):
         yield from _files(Path(images).expanduser())
     elif isinstance(images, np.ndarray | torch.Tensor):
-        yield from _arrays(np.asarray(images))
+        yield from _arrays(uint8_array("[images]", images))
     elif hasattr(images, "convert"):  # a PIL image
         yield np.asarray(images.convert("RGB"))
     elif isinstance(images, Sequence):
@@ -94,11 +95,20 @@ def image_paths(files: Sequence[str]) -> Iterator[str]:
         yield from _files(Path(file).expanduser())
 
 
+def other_files(files: Sequence[str]) -> Iterator[Path]:
+    """What `image_paths` leaves out in folders, but for hidden files."""
+    for file in files:
+        for path in Path(file).expanduser().rglob("*"):
+            if path.is_file() and not path.name.startswith(".") and not is_image(path.name):
+                yield path
+
+
 def _files(path: Path) -> Iterator[str]:
     if path.is_dir():
         found = sorted(str(p) for p in path.rglob("*") if p.is_file() and is_image(p.name))
         if not found:
-            raise FileNotFoundError(f"[images] no image in the folder '{path}'")
+            kinds = ", ".join(IMAGE_SUFFIXES)
+            raise FileNotFoundError(f"[images] no image in the folder '{path}': expected {kinds}")
         yield from found
     elif path.is_file():
         yield str(path)
@@ -106,17 +116,13 @@ def _files(path: Path) -> Iterator[str]:
         raise FileNotFoundError(f"[images] no such file: '{path}'")
 
 
-def _arrays(array: NDArray[Any]) -> Iterator[Pixels]:
-    if array.dtype != np.uint8:
-        raise TypeError(f"[images] expected uint8 pixels, got {array.dtype}")
-    given = array.shape
-    if array.ndim == 2 or (array.ndim == 3 and given[2] != 3):  # grey
-        array = np.repeat(array[..., None], 3, axis=-1)
-    if array.ndim == 3:
+def _arrays(array: Pixels) -> Iterator[Pixels]:
+    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3):  # one image
         array = array[None]
-    if array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:]:
+    elif array.ndim == 3 and (array.shape[0] in (3, 4) or array.shape[2] in (1, 4)):
         raise ValueError(
-            "[images] expected arrays (h, w, 3) or (n, h, w, 3), or grey (h, w) or (n, h, w), got "
-            f"{given}"
+            "[images] expected an image (h, w, 3), or several, (n, h, w, 3), got "
+            f"{array.shape}; of (3, h, w) give image.permute(1, 2, 0), of (h, w, 4) image[..., :3],"
+            " and 3 or 4 grey images as (n, h, w, 1)"
         )
-    yield from array
+    yield from as_rgb("[images]", array)
