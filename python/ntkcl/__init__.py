@@ -5,7 +5,9 @@ result = ntkcl.train()                      # the embedded default, under a minu
 result = ntkcl.train(preset="ntk-cl/cifar100-in21k", data_root="~/data")
 """
 
-import ntkcl._torch_check  # noqa: F401  # first of all
+from ntkcl import _torch_check as _torch_check  # first of all
+
+# isort: split
 from ntkcl import _C as _C
 from ntkcl.api import info, list_datasets, resume, train
 from ntkcl.backbones import list_backbones
@@ -43,3 +45,7 @@ __all__ = [
     "sweep",
     "train",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -11,7 +11,8 @@ import subprocess
 import threading
 import tomllib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,8 +27,8 @@ from ntkcl.backbones import Weights, backbone_info, load_backbone
 from ntkcl.checkpoints import Checkpoint
 from ntkcl.config import ARRAYS, SEEDS_FILE, Config, cautions, resolve, to_toml
 from ntkcl.datasets import KNOWN_DATASETS, Dataset, load_dataset
-from ntkcl.methods import Method, check_method, core_method, list_methods, register_object, way_on
-from ntkcl.names import if_missing
+from ntkcl.methods import Method, check_method, core_method, list_methods, register_own, way_on
+from ntkcl.names import if_missing, shown
 from ntkcl.progress import make_progress
 from ntkcl.ranks import Order, Ranks, join
 from ntkcl.result import Result, Results, result_of
@@ -46,7 +47,7 @@ def train(
     config: str | os.PathLike[str] | None = None,
     *,
     seeds: Sequence[int],
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
     **keywords: Any,
 ) -> Results: ...
 
@@ -56,7 +57,7 @@ def train(
     config: str | os.PathLike[str] | None = None,
     *,
     seeds: None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
     **keywords: Any,
 ) -> Result: ...
 
@@ -64,7 +65,7 @@ def train(
 def train(
     config: str | os.PathLike[str] | None = None,
     *,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
     **keywords: Any,
 ) -> Result | Results:
     """Trains a method on a sequence of tasks, tests it after each, and writes a run folder.
@@ -74,9 +75,10 @@ def train(
 
     Args:
       config: TOML file with the keys below; keywords win over it.
-      method: also an object of an own class, see `ntkcl.Method`.
-      callbacks: functions that are called with every event (what events.jsonl holds); one that
-        returns True asks the run to stop, as Ctrl-C does.
+      method: also an own class or an object of it, see `ntkcl.Method`.
+      callbacks: a function or several that are called with every event (what events.jsonl holds);
+        one that returns True asks the run to stop, as Ctrl-C does. So does one that fails: its
+        error is raised when the run has stopped.
       **keywords: the keys below. A method's own keys are given in its section,
         `ntk_cl={"eta": 0.03}`.
 
@@ -87,8 +89,8 @@ def train(
       KeyboardInterrupt: Ctrl-C or SIGTERM, after the current step. `resume` goes on from there.
     """
     own = keywords.get("method")
-    if isinstance(own, Method):
-        keywords["method"] = register_object(own)
+    if isinstance(own, Method) or (isinstance(own, type) and issubclass(own, Method)):
+        keywords["method"] = register_own(own)
     arrays = keywords.get("dataset")
     if isinstance(arrays, Mapping):
         keywords["dataset"] = ARRAYS
@@ -100,7 +102,7 @@ def train(
 def run(
     config: Config,
     arrays: Mapping[str, Any] | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
 ) -> Result | Results:
     """Runs a resolved configuration; `arrays` are the images of dataset "arrays"."""
     return _on_ranks(arrays, callbacks, lambda call: _run_resolved(config, call))
@@ -113,7 +115,7 @@ def resume(
     data_root: str | os.PathLike[str] | None = None,
     weights: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
 ) -> Result | Results:
     """Goes on with a run that was stopped or killed, from its last checkpoint.
 
@@ -187,18 +189,19 @@ class _Call:
     """What a run needs beside its configuration."""
 
     arrays: Mapping[str, Any] | None
-    callbacks: Sequence[Callback]
+    callbacks: tuple[Callback, ...]
     ranks: Ranks
 
 
 def _on_ranks(
     arrays: Mapping[str, Any] | None,
-    callbacks: Sequence[Callback],
+    callbacks: Callback | Iterable[Callback],
     lead: Callable[[_Call], Result | Results],
 ) -> Result | Results:
     """What rank 0 makes, on every rank."""
+    listeners = _checked_callbacks(callbacks)
     ranks = join()
-    call = _Call(arrays, callbacks, ranks)
+    call = _Call(arrays, listeners, ranks)
     if not ranks.leads:
         return _result_told(ranks.follow(lambda order: _train_along(order, call)))
     if ranks.size == 1:
@@ -213,6 +216,17 @@ def _on_ranks(
         }
     )
     return made
+
+
+def _checked_callbacks(given: Callback | Iterable[Callback]) -> tuple[Callback, ...]:
+    if callable(given):
+        return (given,)
+    callbacks = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(callable(callback) for callback in callbacks):
+        raise TypeError(
+            f"[callbacks] expected a function or a list of functions, got {shown(given)}"
+        )
+    return callbacks
 
 
 def _result_told(outcome: Mapping[str, Any]) -> Result | Results:
@@ -278,6 +292,8 @@ def _go_on(config: Config, call: _Call) -> Result:
         check_method(config.method)
         _check_arrays(config, call.arrays)
         checkpoint = folder.checkpoints.latest()
+        if checkpoint is None:
+            logger.warning("[resume] '%s' has no checkpoint yet: the run begins anew", path)
         with if_missing("what has moved is found by dataset (--dataset), data_root or weights"):
             trainer, environment = _prepare(config, call)
         _check_environment(config, environment, folder.environment())
@@ -341,9 +357,8 @@ def _run(
     order = Order(config, {key: environment[key] for key in _MUST_MATCH}, place)
     try:
         with folder, make_progress(config.progress) as progress, _StopSignal() as stop:
-            listeners = [*call.callbacks]
-            if config.tensorboard:
-                listeners.append(TensorBoardLog(folder.path / "tensorboard"))
+            board = [TensorBoardLog(folder.path / "tensorboard")] if config.tensorboard else []
+            listeners = _Listeners([*call.callbacks, *board], stop)
 
             def on_event(event: dict[str, Any]) -> None:
                 nonlocal happened
@@ -352,11 +367,10 @@ def _run(
                 if event["event"] == "warning":
                     logger.warning(event["message"])
                 progress(event)
-                if True in [listener(event) for listener in listeners]:
-                    stop.ask()
+                listeners(event)
 
             call.ranks.order(order)
-            with call.ranks.training():
+            with listeners.raising(), call.ranks.training():
                 raw = trainer.run(on_event, stop, folder.save, place)
             raw["peak_memory"] = memory.peak_bytes(config.device)
             result = result_of(raw, folder.path, config)
@@ -364,8 +378,9 @@ def _run(
         return result
     except BaseException as error:
         note = f"what was finished is in '{folder.path}'"
-        # Not where it would happen again, or nothing has happened yet.
-        if happened and not isinstance(error, FloatingPointError):
+        # Not where it would happen again, or an error comes before anything else.
+        stopped = isinstance(error, KeyboardInterrupt)
+        if (happened or stopped) and not isinstance(error, FloatingPointError):
             note += f"; go on with {way_on(folder.path, config.method)}"
         error.add_note(note)
         raise
@@ -475,6 +490,37 @@ class _StopSignal:
         self.ask()
         for number in self._before:
             signal.signal(number, signal.default_int_handler)
+
+
+class _Listeners:
+    """Those who hear every event. One that fails stops the run, which saves what was learned; its
+    error is raised then."""
+
+    def __init__(self, listeners: Iterable[Callback], stop: _StopSignal) -> None:
+        self._listeners = list(listeners)
+        self._stop = stop
+        self._failure: Exception | None = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if self._failure is not None:
+            return
+        try:
+            if True in [listener(event) for listener in self._listeners]:
+                self._stop.ask()
+        except Exception as failure:
+            self._failure = failure
+            self._stop.ask()
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raises what a listener has raised within, in place of the stop that it led to."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self._failure is None:
+                raise
+        if self._failure is not None:
+            raise self._failure
 
 
 def _document_train() -> None:

@@ -113,9 +113,13 @@ class Checkpoints:
             except _DamagedError as damage:
                 damages.append(str(damage))
                 self._damaged.add(number)
-                logger.warning("[checkpoint] %s; the one before is used", damage)
+                if number != numbers[-1]:
+                    logger.warning("[checkpoint] %s; the one before is used", damage)
         if damages:
-            raise ValueError(f"[checkpoint] none is whole: {'; '.join(damages)}")
+            raise ValueError(
+                f"[checkpoint] none is whole: {'; '.join(damages)}; remove '{self.folder}' to "
+                "begin anew"
+            )
         return None
 
     def tidy(self) -> None:

@@ -17,13 +17,15 @@ What is wrong in what was given ends as one line on stderr with exit code 2, Ctr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import keyword
 import shlex
+import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,14 +71,37 @@ _Modules = Annotated[
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and ends the process with its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    runs = words[:1] in (["train"], ["resume"])
+    with _sigterm_as_stop() if runs else contextlib.nullcontext():
+        code = _exit_code(words)
+    sys.exit(code)
+
+
+def _exit_code(words: list[str]) -> int:
     try:
-        sys.exit(_dispatch(words))
+        return _dispatch(words)
     except KeyboardInterrupt as stop:
-        sys.exit(_fail(stop, 130))
+        return _fail(stop, 130)
     except (FloatingPointError, SweepError, _BadImages) as error:
-        sys.exit(_fail(error, 1))
+        return _fail(error, 1)
     except _USER_ERRORS as error:
-        sys.exit(_fail(error, 2))
+        return _fail(error, 2)
+
+
+@contextlib.contextmanager
+def _sigterm_as_stop() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, with a message; the task loop has a handler of its
+    own. An error on its way out comes first: torchrun sends SIGTERM when another rank is gone."""
+
+    def stop(*_: object) -> None:
+        if sys.exception() is None:
+            raise KeyboardInterrupt("[ntkcl] stopped by SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -113,7 +138,7 @@ def _train(words: list[str]) -> None:
 
 
 def _show(result: Result | Results) -> None:
-    if not ranks.leads():
+    if not ranks.join().leads:
         return
     made = result[0].config if isinstance(result, Results) else result.config
     console = Console()

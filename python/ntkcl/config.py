@@ -535,7 +535,7 @@ def _lookup(values: Mapping[str, Any], key: str) -> Any:
 
 
 def plain_value(value: Any) -> Any:
-    """Paths, tuples and numpy values as str, list and Python numbers."""
+    """Paths, sequences and numpy values as str, list and Python numbers."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, np.generic):
@@ -544,7 +544,7 @@ def plain_value(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, Mapping):
         return {str(key): plain_value(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [plain_value(inner) for inner in value]
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ntkcl import _C
-from ntkcl.names import did_you_mean
+from ntkcl.names import did_you_mean, shown
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,35 @@ def register(name: str, make: Callable[[], Method]) -> None:
       make: the class, or a function that makes a new object.
 
     Raises:
-      ValueError: the name is that of a built-in method.
+      ValueError: the name is that of a built-in method, or has other characters than letters,
+        digits, - and _.
+      TypeError: `make` is an object, or a class of another kind.
     """
+    if not re.fullmatch(r"\w[\w-]*", name):
+        raise ValueError(f"[register] expected a name of letters, digits, - and _, got '{name}'")
+    makes = issubclass(make, Method) if isinstance(make, type) else callable(make)
+    if not makes:
+        raise TypeError(
+            "[register] expected a class derived from ntkcl.Method, or a function that makes an "
+            f"object of one, got {shown(make)}"
+        )
     if name in _C.describe_options()["methods"]:
         raise ValueError(f"[register] expected a new name, got the built-in '{name}'")
     _registered[name] = make
 
 
-def register_object(method: Method) -> str:
-    """Makes an object's copies known under the name of its class."""
-    name = type(method).__name__
-    register(name, lambda: copy.deepcopy(method))
-    return name
+def register_own(method: Method | type[Method]) -> str:
+    """Makes a class, or an object's copies, known; the name is that of the class, but where a class
+    is registered already."""
+    if isinstance(method, Method):
+        name = type(method).__name__
+        register(name, lambda: copy.deepcopy(method))
+        return name
+    for name, make in _registered.items():
+        if make is method:
+            return name
+    register(method.__name__, method)
+    return method.__name__
 
 
 def list_methods() -> list[str]:

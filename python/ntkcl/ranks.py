@@ -16,6 +16,9 @@ import contextlib
 import datetime
 import json
 import os
+import re
+import signal
+import threading
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -103,6 +106,8 @@ class Ranks:
         except BaseException as error:
             if not _ends_all(error):
                 self._leave()
+            if isinstance(error, ConnectionError):
+                error.args = (_cause(error),)
             raise
         self._training = False
 
@@ -165,9 +170,9 @@ class Ranks:
                 data.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
             c10d.broadcast(data, group=self._control, group_src=0)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
             raise ConnectionError(
-                f"[ranks] rank {self.rank} of {self.size} has lost the others: {reason}"
+                f"[ranks] rank {self.rank} of {self.size} has lost the others: expected each to "
+                f"go on, got '{_cause(error)}'"
             ) from None
         return data.numpy().tobytes()
 
@@ -176,6 +181,12 @@ def _ends_all(error: BaseException) -> bool:
     """Whether every rank ends with it: a loss that is not finite, a stop that all agreed on."""
     agreed = isinstance(error, KeyboardInterrupt) and str(error).startswith("[train] stopped")
     return agreed or isinstance(error, FloatingPointError)
+
+
+def _cause(error: Exception) -> str:
+    """The first sentence of gloo's message, without the place in its sources."""
+    line = str(error).partition("\n")[0]
+    return re.sub(r"\[\S+:\d+\] |\. .*?(?='?$)", "", line)
 
 
 _joined: Ranks | None = None
@@ -200,11 +211,26 @@ def join() -> Ranks:
                 # A process that sees one GPU alone has that one.
                 count = torch.cuda.device_count()
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % count)
-            c10d.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            _meet()
             atexit.register(_end)
         _joined = Ranks(_new_group("gloo", _PATIENCE))
     _joined._training = False
     return _joined
+
+
+def _meet() -> None:
+    # A wait for ranks that never come asks no handler of Python's: the system's ends it.
+    listens = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL) if listens else None
+    try:
+        c10d.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"[ranks] expected {os.environ['WORLD_SIZE']} ranks to meet, got '{_cause(error)}'"
+        ) from None
+    finally:
+        if listens:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _new_group(backend: str, timeout: datetime.timedelta | None = None) -> c10d.ProcessGroup:
@@ -220,11 +246,6 @@ def are_several() -> bool:
     if c10d.is_initialized():
         return c10d.get_world_size() > 1
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def leads() -> bool:
-    """Whether this process is rank 0, or alone."""
-    return not (c10d.is_available() and c10d.is_initialized()) or c10d.get_rank() == 0
 
 
 def _end() -> None:

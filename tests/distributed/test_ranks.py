@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -62,6 +63,15 @@ CASES: dict[str, dict[str, Any]] = {
         "on_corrupt": "skip",
         "data": {rank: "corrupt" for rank in "012"},
     },
+}
+
+# How far each loss, and the norm of all that was learned, may be from one rank's: ranks sum parts
+# of a batch. Measured with 2 and 3: 3e-6 and 1.4e-7 in float32; 0.055 and 0.0027 in bfloat16, which
+# by its rounding alone is 0.48 and 0.016 away from float32.
+ROUNDED = {"ntk-cl float32": (2e-5, 1e-6), "ntk-cl bfloat16": (0.15, 0.008)}
+CASES |= {
+    name: {"method": "ntk-cl", "precision": name.split()[1], "ntk_cl": {"mode": "both"}}
+    for name in ROUNDED
 }
 
 
@@ -137,10 +147,26 @@ def assert_same_run(one: Path, other: Path) -> None:
         torch.testing.assert_close(load_file(other / "predictions.safetensors")[name], tensor)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ROUNDED])
 def test_ranks_train_what_one_trains(alone: Path, together: Path, name: str) -> None:
     # Protects: shares of batches, dropout, gathered features, averaged gradients, statistics.
     assert_same_run(alone / name, together / name)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_in_lower_precisions_ranks_differ_by_rounding_alone(
+    alone: Path, together: Path, name: str
+) -> None:
+    # Protects: the precisions that users train in.
+    of_losses, of_state = ROUNDED[name]
+    one, other = alone / name, together / name
+    for step, same in zip(events(one, "step"), events(other, "step"), strict=True):
+        assert same["losses"] == pytest.approx(step["losses"], rel=of_losses)
+    learned, also_learned = (
+        torch.cat([tensor.double().flatten() for _, tensor in sorted(load_file(file).items())])
+        for file in (one / "state.safetensors", other / "state.safetensors")
+    )
+    assert (also_learned - learned).norm() < of_state * learned.norm()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -231,7 +257,12 @@ def test_when_a_rank_dies_the_other_ends_within_seconds(
     training[1 - dies].wait(timeout=30)
     assert time.monotonic() - begun < 20
     error = found(tmp_path, "long", 1 - dies)["error"]
-    assert error.startswith(f"ConnectionError: [ranks] rank {1 - dies} of 2 has lost the others")
+    # The cause alone, not gloo's sources and advice.
+    assert re.fullmatch(
+        rf"ConnectionError: \[ranks\] rank {1 - dies} of 2 has lost the others: expected each to "
+        r"go on, got '[^'/]*onnection [a-z ]*(\[[\d.]+\]:\d+)?'",
+        error,
+    )
 
 
 @pytest.mark.parametrize("asked", [0, 1])
@@ -253,26 +284,24 @@ def test_errors_of_rank_0_reach_the_others(several: Path) -> None:
     assert told.startswith("ConnectionError: [ranks] rank 0 has ended: ValueError: [output]")
 
 
-@pytest.mark.parametrize(
-    ("case", "error"),
-    [
-        ({"raise_at": [0, 2]}, "RuntimeError: a callback's own"),
-        ({"data": {rank: "corrupt" for rank in "01"}}, "CorruptImage"),
-    ],
-    ids=["callback", "corrupt image"],
-)
-def test_an_error_of_one_rank_ends_the_others_though_it_lives_on(
-    tmp_path: Path, case: dict[str, Any], error: str
-) -> None:
-    cases = {"first": {"method": "raa"} | case, "second": {"method": "simple-cil"}}
-    for process in start(2, cases, tmp_path):
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+def test_an_error_of_one_rank_ends_the_others_though_it_lives_on(tmp_path: Path) -> None:
+    corrupt = {"method": "raa", "data": {rank: "corrupt" for rank in "01"}}
+    run(2, {"first": corrupt, "second": {"method": "simple-cil"}}, tmp_path)
     first = [found(tmp_path, "first", rank)["error"] for rank in (0, 1)]
     assert sorted(e.startswith("ConnectionError: [ranks] rank") for e in first) == [False, True]
-    assert any(e.startswith(error) or "decode_image" in e for e in first)
+    assert any("decode_image" in e for e in first)
     for rank in (0, 1):
         assert "start all ranks again" in found(tmp_path, "second", rank)["error"]
+
+
+def test_a_failing_callback_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
+    cases = {"first": {"method": "raa", "raise_at": [0, 2]}, "second": {"method": "simple-cil"}}
+    run(2, cases, tmp_path)
+    first, second = (found(tmp_path, "first", rank)["error"] for rank in (0, 1))
+    assert first == "RuntimeError: a callback's own"
+    assert second.startswith("KeyboardInterrupt: [train] stopped in task 1 of 3, after 3 steps")
+    assert list((tmp_path / "first" / "checkpoint").glob("*.json"))
+    assert "result" in found(tmp_path, "second", 1)
 
 
 def test_other_images_on_another_rank_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,48 @@ def test_ctrl_c_stops_after_the_step_with_exit_code_130_and_keeps_the_log(tmp_pa
         errors,
     )
     assert log.read_text().endswith("}\n")
+
+
+@pytest.fixture
+def sigterm() -> Iterator[Callable[[], None]]:
+    """Sends SIGTERM to this process, which fails the test where the command does not listen."""
+    handler = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM came through"))
+    yield lambda: os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_sigterm_before_the_training_is_told_and_leaves_nothing(
+    trainer: type[fake_core.FakeTrainer],
+    sigterm: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(ntkcl.api, "load_dataset", lambda *_, **__: sigterm())
+    assert run("train", "--output", "here") == 130
+    assert capsys.readouterr().err == "ntkcl: [ntkcl] stopped by SIGTERM\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_waits_for_the_message_of_an_error(
+    trainer: type[fake_core.FakeTrainer],
+    sigterm: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Protects: torchrun sends it as soon as another rank is gone, which this one is about to say.
+    def close(folder: ntkcl.runfolder.RunFolder) -> None:
+        sigterm()
+        close_folder(folder)
+
+    close_folder = ntkcl.runfolder.RunFolder._close
+    monkeypatch.setattr(ntkcl.runfolder.RunFolder, "_close", close)
+    trainer.fail_at, trainer.error = 1, ConnectionError("[ranks] rank 0 of 2 has lost the others")
+    assert run("train", "--progress", "false", "--output", "here") == 2
+    assert capsys.readouterr().err == (
+        "ntkcl: [ranks] rank 0 of 2 has lost the others; what was finished is in 'here'; "
+        "go on with `ntkcl resume here`\n"
+    )
 
 
 # ---- what there is -------------------------------------------------------------------------------

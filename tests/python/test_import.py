@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+import ntkcl
 from ntkcl import _C, _build_info
 
 
@@ -34,3 +35,8 @@ def test_the_process_has_one_cuda_runtime_and_one_openmp() -> None:
     for library in ("libcudart", "libgomp", "libc10.so"):
         paths = set(re.findall(rf"/\S*/{library}\S*", result.stdout))
         assert len(paths) <= 1, f"{library}: {sorted(paths)}"
+
+
+def test_completion_shows_the_public_names_alone() -> None:
+    assert set(dir(ntkcl)) == {*ntkcl.__all__, "__version__"}
+    assert not hasattr(ntkcl, "ntkcl")

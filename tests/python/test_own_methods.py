@@ -349,9 +349,43 @@ def test_a_method_that_does_not_fit_is_refused(
         train(tmp_path / "run", method=method)
 
 
-def test_built_in_names_and_other_objects_are_refused() -> None:
+def test_a_class_is_known_by_its_own_name_or_the_registered_one(tmp_path: Path) -> None:
+    class Unregistered(Means):
+        pass
+
+    class Registered(Means):
+        pass
+
+    ntkcl.register("of-means", Registered)
+    for number, (method, name) in enumerate(
+        [(Unregistered, "Unregistered"), (Registered, "of-means"), ("of-means", "of-means")]
+    ):
+        result = train(tmp_path / str(number), method=method)
+        assert result.config.method == name
+    found = ntkcl.resume(tmp_path / "0", dataset=dataset())
+    np.testing.assert_array_equal(found.accuracy_matrix, result.accuracy_matrix)
+    with pytest.raises(TypeError, match="'method': expected str, got <class 'dict'>"):
+        train(tmp_path / "dict", method=dict)
+
+
+@pytest.mark.parametrize("name", ["", "a b/x", "../x", "-x", "a.b", "a\n"])
+def test_names_of_other_characters_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"\[register\] expected a name of letters, digits"):
+        ntkcl.register(name, Means)
+
+
+@pytest.mark.parametrize("make", [Means(), dict, None])
+def test_what_makes_no_method_is_refused(make: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"\[register\] expected a class derived from ntkcl\.Method"
+    ):
+        ntkcl.register("wrong", make)
+    assert "wrong" not in ntkcl.list_methods()
+
+
+def test_built_in_names_and_makers_of_other_objects_are_refused() -> None:
     with pytest.raises(ValueError, match="expected a new name, got the built-in 'raa'"):
         ntkcl.register("raa", Heads)
-    ntkcl.register("no method", dict)  # type: ignore[arg-type]
+    ntkcl.register("no-method", lambda: 3)  # type: ignore[arg-type, return-value]
     with pytest.raises(TypeError, match="to make an ntkcl"):
-        methods.core_method("no method")
+        methods.core_method("no-method")

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -213,14 +214,16 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_is_used(
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = stopped(tmp_path / "run", monkeypatch)
     for path in (run / "checkpoint").glob("*.safetensors"):
         truncate(path)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"\[checkpoint\] none is whole: .*checksum.*checksum"):
+    way_out = re.escape(f"; remove '{run / 'checkpoint'}' to begin anew")
+    with pytest.raises(ValueError, match=rf"none is whole: .*checksum.*checksum.*{way_out}"):
         resume(run)
+    assert caplog.text.count("the one before is used") == 1  # the oldest has none before it
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -284,14 +287,15 @@ def test_what_a_killed_process_left_is_removed(
     assert differences(whole.output, run) == []
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = train(tmp_path / "whole", **KEYS, method="ntk-cl", checkpoint_steps=1)
     run = stopped(tmp_path / "run", monkeypatch)
     for path in (run / "checkpoint").iterdir():
         path.unlink()
     resume(run)
+    assert f"[resume] '{run}' has no checkpoint yet: the run begins anew" in caplog.text
     assert differences(whole.output, run) == []
 
 
@@ -401,13 +405,13 @@ def test_the_command_goes_on(tmp_path: Path) -> None:
 
 
 def test_killed_runs_end_as_if_nothing_had_been() -> None:
-    kills = os.environ.get("NTKCL_KILLS", "3")
+    runs = os.environ.get("NTKCL_KILLED_RUNS", "2")
     harness = Path(__file__).with_name("kill_harness.py")
     done = subprocess.run(
-        [sys.executable, harness, "--kills", kills], capture_output=True, text=True, check=False
+        [sys.executable, harness, "--runs", runs], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{kills} kills" in done.stdout
+    assert f"{runs} of {runs} results equal to the bit, 0 stray files" in done.stdout
 
 
 # ---- who listens ---------------------------------------------------------------------------------
@@ -431,12 +435,41 @@ def test_a_callback_hears_every_event_and_can_stop_the_run(tmp_path: Path) -> No
     }
 
 
-def test_a_failing_callback_ends_the_run(tmp_path: Path) -> None:
+def test_a_failing_callback_stops_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", **KEYS)
+
     def fail(event: dict[str, Any]) -> None:
-        raise RuntimeError("of the callback")
+        if event["event"] == "step" and event["step"] == 2:
+            raise RuntimeError("of the callback")
+
+    with pytest.raises(RuntimeError, match="of the callback") as error:
+        train(tmp_path / "run", **KEYS, callbacks=fail)
+    assert "`ntkcl resume " in " ".join(error.value.__notes__)
+    progress = json.loads(latest(tmp_path / "run", "json").read_text())["progress"]
+    assert (progress["task"], progress["step"]) == (0, 3)
+    resume(tmp_path / "run")
+    assert differences(whole.output, tmp_path / "run") == []
+
+
+def test_a_callback_that_fails_at_the_last_event_is_heard(tmp_path: Path) -> None:
+    def fail(event: dict[str, Any]) -> None:
+        if event["event"] == "task_end" and event["task"] == 2:
+            raise RuntimeError("of the callback")
 
     with pytest.raises(RuntimeError, match="of the callback"):
-        train(tmp_path / "run", callbacks=[fail])
+        train(tmp_path / "run", callbacks=fail)
+    assert resume(tmp_path / "run").final_accuracy >= 0
+
+
+@pytest.mark.parametrize("callbacks", [3, [3], [print, None], None, "print"])
+def test_callbacks_that_are_no_functions_are_refused_before_anything_is_written(
+    tmp_path: Path, callbacks: Any
+) -> None:
+    with pytest.raises(
+        TypeError, match=r"\[callbacks\] expected a function or a list of functions"
+    ):
+        train(tmp_path / "run", callbacks=callbacks)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_tensorboard_nothing_is_begun(

@@ -276,6 +276,11 @@ def test_wrong_seeds_are_refused(
     assert names(tmp_path) == set()
 
 
+@pytest.mark.parametrize("seeds", [range(3), (0, 1, 2), np.arange(3), [np.int64(0), 1, np.int8(2)]])
+def test_every_sequence_of_seeds_is_taken(seeds: Any) -> None:
+    assert resolve({"seeds": seeds}).seeds == [0, 1, 2]
+
+
 def test_a_seed_and_seeds_together_are_refused() -> None:
     message = r"\[config\] 'seeds': expected either seeds or a seed, got \[0, 1\] and seed 0"
     with pytest.raises(ValueError, match=message):
