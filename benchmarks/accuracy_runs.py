@@ -102,7 +102,6 @@ _ABLATION = (
     "raa-sam",
     "raa-sam+",
     "raa-code",
-    "raa-release",
     "raa-no-drift",
     "raa-no-alignment",
 )

@@ -8,6 +8,7 @@ A folder holds a model if these files are in it; a finished run's does.
     backbone.safetensors  the frozen backbone, in an exported folder; elsewhere it is found as the
                           configuration says, and told by its hash
     program.pt2           on demand: the predictor as a program of torch.export
+  model.onnx            on demand: the same for ONNX
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from ntkcl.datasets.loose_images import Images, image_stores, one_store
 from ntkcl.files import read_object, read_tensors, safetensors_bytes, write_atomically
 from ntkcl.methods import core_method
 from ntkcl.names import if_missing, shown
+from ntkcl.portable import portable
 from ntkcl.progress import make_progress
 from ntkcl.ranks import are_several
 from ntkcl.result import Evaluation
@@ -239,24 +241,34 @@ class Model:
         self._folder = folder
         return Evaluation.of(raw["evaluations"][-1]) if tested else None
 
-    def export(self, folder: str | os.PathLike[str], *, program_batch: int | None = None) -> Path:
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        program_batch: int | None = None,
+        onnx_batch: int | None = None,
+    ) -> Path:
         """Writes the model with its backbone: one folder that `load` reads anywhere.
 
         Args:
           folder: a new one.
           program_batch: also write `program.pt2` for batches of so many images, see `as_program`.
+          onnx_batch: also write `model.onnx` for batches of so many images, see `as_onnx`.
 
         Raises:
           ValueError: there is something already; a method that cannot be a program.
         """
-        return self._save(_folder(folder, "export"), with_backbone=True, program=program_batch)
+        more: dict[str, Callable[[Path], None]] = {}
+        if program_batch is not None:
+            more["program.pt2"] = lambda file: _write_program(self.as_program(program_batch), file)
+        if onnx_batch is not None:
+            more["model.onnx"] = lambda file: self.as_onnx(onnx_batch).save(file)
+        return self._save(_folder(folder, "export"), with_backbone=True, more=more)
 
     def as_program(self, batch: int = 1) -> torch.export.ExportedProgram:
         """The model as a program of torch.export: uint8 images (batch, 3, S, S), transformed as
         for a test, to scores (batch, classes), on the CPU; with bfloat16 products, in float32.
-
-        It runs where ntkcl's operators are: after `import ntkcl`, or
-        `torch.ops.load_library(<libntkcl.so>)` without Python's part.
+        It is made of torch's own operators, and runs where ntkcl is not.
 
         Raises:
           ValueError: the method looks at its tensors to decide what to compute, as LoRAC-IPC does.
@@ -276,12 +288,36 @@ class Model:
         module = _Scores(predictor, len(self.classes))
         try:
             with torch.no_grad():
-                return torch.export.export(module, (example,), strict=False)
+                return portable(torch.export.export(module, (example,), strict=False))
         except Exception as error:
             raise ValueError(
                 f"[as_program] '{self.config.method}' cannot be a program of torch.export: "
                 f"{str(error).strip().splitlines()[0]}"
             ) from error
+
+    def as_onnx(self, batch: int = 1) -> torch.onnx.ONNXProgram:
+        """The same as an ONNX model, from the input "images" to the output "scores"; its method
+        `save` writes it.
+
+        Raises:
+          ImportError: the package onnxscript is missing.
+          ValueError: as for `as_program`.
+        """
+        try:
+            import onnxscript  # noqa: F401
+        except ImportError:
+            raise ImportError(
+                "[as_onnx] expected the package onnxscript: pip install ntkcl[onnx]"
+            ) from None
+        made = torch.onnx.export(
+            self.as_program(batch),
+            input_names=["images"],
+            output_names=["scores"],
+            dynamo=True,
+            verbose=False,
+        )
+        assert made is not None  # without a file to write to
+        return made
 
     def __repr__(self) -> str:
         return (
@@ -319,7 +355,12 @@ class Model:
         base = self._folder.parent if self._folder.name.startswith("task-") else self._folder
         return base / f"task-{task}"
 
-    def _save(self, folder: Path, with_backbone: bool, program: int | None = None) -> Path:
+    def _save(
+        self,
+        folder: Path,
+        with_backbone: bool,
+        more: Mapping[str, Callable[[Path], None]] | None = None,
+    ) -> Path:
         """Whole or not at all: into a folder beside it, which then gets the name."""
         try:
             _check_absent(folder)
@@ -335,8 +376,8 @@ class Model:
             write_atomically(work / "config.toml", to_toml(config).encode())
             if with_backbone:
                 shutil.copyfile(self._weights.path, work / "backbone.safetensors")
-            if program is not None:
-                _write_program(self.as_program(program), work / "program.pt2")
+            for name, write in (more or {}).items():
+                write(work / name)
             work.chmod(0o755)
             work.rename(folder)
         finally:

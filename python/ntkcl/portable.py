@@ -14,7 +14,7 @@ def portable(program: torch.export.ExportedProgram) -> torch.export.ExportedProg
     Raises:
       ValueError: the program has one that is not for scoring.
     """
-    plain = program.run_decompositions(dict(_TABLE))
+    plain: torch.export.ExportedProgram = program.run_decompositions(dict(_TABLE))
     for node in plain.graph.nodes:
         if str(node.target).startswith("ntkcl."):
             raise ValueError(f"[portable] expected operators for scoring, got {node.target}")
@@ -22,7 +22,7 @@ def portable(program: torch.export.ExportedProgram) -> torch.export.ExportedProg
 
 
 def _attention(qkv: Tensor, heads: int, gate: Tensor | None, prompts: int) -> Tensor:
-    q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2))
+    q, k, v = (torch.unflatten(part, 2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2))
     scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
     if gate is None:
         mixed = scores.softmax(-1) @ v
@@ -30,7 +30,7 @@ def _attention(qkv: Tensor, heads: int, gate: Tensor | None, prompts: int) -> Te
         mixed = _others(scores, 3, prompts).softmax(-1) @ _others(v, 2, prompts)
         apart = scores.narrow(3, 1, prompts).softmax(-1) @ v.narrow(2, 1, prompts)
         mixed = mixed + gate[:, None, None] * apart
-    return mixed.transpose(1, 2).flatten(2)
+    return torch.flatten(mixed.transpose(1, 2), 2)
 
 
 def _others(tokens: Tensor, dim: int, prompts: int) -> Tensor:
@@ -65,7 +65,9 @@ def _bias_relu_dropout(
 
 def _section_cosine(x: Tensor, prototypes: Tensor, weights: Tensor) -> Tensor:
     sections = weights.shape[0]
-    unit, others = (F.normalize(t.unflatten(1, (sections, -1)), dim=2) for t in (x, prototypes))
+    unit, others = (
+        F.normalize(torch.unflatten(t, 1, (sections, -1)), dim=2) for t in (x, prototypes)
+    )
     return (unit * weights[:, None]).flatten(1) @ others.flatten(1).T
 
 

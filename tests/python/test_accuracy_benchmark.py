@@ -209,7 +209,7 @@ def test_a_record_that_was_cut_short_is_named(tmp_path: Path) -> None:
 
 def test_the_report_gives_means_standard_errors_and_differences() -> None:
     text = report.render(full_comparison(), [])
-    assert "All 61 runs of the main comparison are recorded." in text
+    assert "All 60 runs of the main comparison are recorded." in text
     assert "62.00 ± 1.15" in text  # release: 60, 62, 64
     assert "| corrected - release | none | 0, 1, 2 | 6.00 ± 0.00 | 6.00 ± 0.00 | 0.00" in text
     assert "| corrected - simple-cil | weights | 0, 1, 2 | 16.00 ± 0.00 | 16.00 ± 0.00 |" in text
@@ -227,10 +227,10 @@ def test_the_report_says_what_is_missing() -> None:
         if (record["name"], record["normalize"]) != ("corrected", "none") or record["seed"] == 0
     ]
     text = report.render(records, [])
-    assert "Incomplete: 2 of the 61 runs" in text
+    assert "Incomplete: 2 of the 60 runs" in text
     assert "Missing: corrected none seeds 1, 2." in text
     assert "66.00 (one seed)" in text
-    assert "Incomplete: 61 of the 61" in report.render([], [])
+    assert "Incomplete: 60 of the 60" in report.render([], [])
 
 
 def test_the_report_warns_of_seeds_run_with_different_settings() -> None:
@@ -254,7 +254,7 @@ def test_the_report_is_written_beside_its_records(tmp_path: Path) -> None:
     for record in full_comparison():
         runs.append_record(tmp_path / "results" / "accuracy.jsonl", record)
     accuracy.write_report(tmp_path)
-    assert "All 61 runs" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "All 60 runs" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
 
 def test_sigterm_stops_as_ctrl_c_does() -> None:

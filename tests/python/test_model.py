@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -117,7 +118,7 @@ def test_a_program_scores_as_the_model_does(
     pixels = pixels_of_test()
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # 32 pixels: as they are
     code = (
-        "import sys, torch, ntkcl\n"
+        "import sys, torch\n"  # nothing of ntkcl
         "program = torch.export.load(sys.argv[1]).module()\n"
         "images = torch.load(sys.argv[2], weights_only=True)\n"
         "torch.save(torch.cat([program(part) for part in images.split(4)]), sys.argv[3])\n"
@@ -128,6 +129,23 @@ def test_a_program_scores_as_the_model_does(
     scores = torch.load(tmp_path / "scores.pt", weights_only=True).numpy()
     np.testing.assert_allclose(scores, model.predict(pixels).scores, rtol=1e-4, atol=1e-5)
     assert ntkcl.load(tmp_path / "given").predict(pixels).labels == recorded(runs[method])[0]
+
+
+def test_onnx_scores_as_the_model_does(tmp_path: Path, runs: dict[str, Path]) -> None:
+    model = ntkcl.load(runs["simple-cil"])
+    model.export(tmp_path / "given", onnx_batch=4)
+    session = onnxruntime.InferenceSession(tmp_path / "given" / "model.onnx")
+    pixels = pixels_of_test()[:4]
+    (scores,) = session.run(["scores"], {"images": pixels.transpose(0, 3, 1, 2)})
+    np.testing.assert_allclose(scores, model.predict(pixels).scores, rtol=1e-4, atol=1e-5)
+
+
+def test_without_onnxscript_it_says_what_to_install(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"\[as_onnx\] .*: pip install ntkcl\[onnx\]"):
+        ntkcl.load(runs["simple-cil"]).as_onnx()
 
 
 def test_a_method_that_decides_by_features_is_no_program(
