@@ -432,7 +432,8 @@ void NtkCl::update_prototypes(TaskServices& services) {
       gaussians_->add_class(all.index_select(0, of.eq(c).nonzero().squeeze(1)),
                             options_.alignment.covariance_eps);
     }
-    aligned_ = at::cat({aligned_.narrow(0, 0, task.n_old), fresh});
+    // From the means as they have drifted; of unit length, as their own would damp every step.
+    aligned_ = nn::unit_rows(prototypes_.view({-1, vit_.width()})).view_as(prototypes_);
   }
 }
 
