@@ -149,6 +149,7 @@ def resume(
 
 def _resume(path: Path, given: Mapping[str, Any], call: _Call) -> Result | Results:
     several = seeds.are_in(path)
+    RunFolder.check_run(path)
     if not several and not RunFolder.is_run(path):
         raise FileNotFoundError(
             f"[resume] expected the folder of a run, got no config.toml of one in '{path}'"
@@ -266,7 +267,9 @@ def _run_one(config: Config, call: _Call) -> Result:
     """One run; with `config.resume` the one that its folder holds."""
     if config.resume:
         config = config.model_copy(update={"resume": False})
-        if RunFolder.is_run(Path(str(config.output)).expanduser()):
+        path = Path(str(config.output)).expanduser()
+        RunFolder.check_run(path)
+        if RunFolder.is_run(path):
             return _go_on(config, call)
     _check_arrays(config, call.arrays)
     folder = RunFolder.reserve(config)
@@ -282,7 +285,6 @@ def _run_one(config: Config, call: _Call) -> Result:
 def _go_on(config: Config, call: _Call) -> Result:
     """The run in `config.output`, which holds one."""
     path = Path(str(config.output)).expanduser()
-    RunFolder.check_run(path)
     check_same(config, path / "config.toml")
     folder = RunFolder.reopen(path)
     with folder:

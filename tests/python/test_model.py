@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +400,15 @@ def test_images_without_the_names_of_classes_are_refused(
             model.add_task(**keys)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell's background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("method", GOES_ON)
 def test_a_task_that_is_stopped_leaves_the_model_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], method: str
@@ -446,7 +456,11 @@ def change(path: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda f: (f / "model.json").unlink(), FileNotFoundError, "finish it with `ntkcl resume`"),
+        (
+            lambda f: (f / "model.json").unlink(),
+            FileNotFoundError,
+            r"finish it with `ntkcl resume \S+/run`",
+        ),
         (lambda f: (f / "model.json").write_text("{"), ValueError, "is damaged"),
         (lambda f: (f / "model.json").write_text("[" * 100000), ValueError, "is damaged"),
         (lambda f: change(f / "model.json", format=2), ValueError, "expected format 1, got 2"),

@@ -640,6 +640,13 @@ def test_ntk_cl_with_the_alignment_of_raa(tmp_path: Path) -> None:
     assert aligned.evaluations[0].per_task == plain.evaluations[0].per_task
 
 
+def test_the_alignment_of_ntk_cl_begins_from_the_means_as_they_have_drifted(tmp_path: Path) -> None:
+    section = {"alignment": True, "alignment_epochs": 1, "alignment_learning_rate": 0.0}
+    tensors = state(train(tmp_path / "run", ntk_cl=section, epochs=2))
+    sections = tensors["prototypes"].unflatten(1, (-1, backbone().width))
+    torch.testing.assert_close(tensors["aligned"], normalize(sections, dim=2).flatten(1))
+
+
 def test_ntk_cl_with_the_drift_of_raa(tmp_path: Path) -> None:
     prototypes = {}
     for drift in ("off", "paired"):
