@@ -107,7 +107,8 @@ class Config(BaseModel):
     @property
     def dataset_name(self) -> str:
         """The data set for titles: of a path its last part."""
-        return Path(self.dataset).name or self.dataset
+        path = Path(self.dataset)
+        return path.name if path.is_absolute() else self.dataset
 
     def train_options(self) -> dict[str, Any]:
         """Options of the task loop under their C++ names."""

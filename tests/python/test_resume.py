@@ -354,7 +354,7 @@ def test_a_run_that_another_process_writes_to_is_refused(
 
 
 def test_a_folder_without_a_run_is_not_resumed(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"got no config\.toml in"):
+    with pytest.raises(FileNotFoundError, match=r"got no config\.toml of one in"):
         ntkcl.resume(tmp_path)
     with pytest.raises(ValueError, match="expected an 'output' to go on with, got none"):
         ntkcl.train(resume=True)
