@@ -21,8 +21,7 @@ Accuracies are percentages. A_T is the accuracy over all test images after the l
 the mean of A_1 ... A_T, forgetting the mean over the earlier tasks of best minus last accuracy.
 "a ± b" is mean ± standard error over the seeds; a seed also decides the class order. Input is
 `none`, pixels in [0, 1], or `weights`, normalised by the mean and standard deviation of the
-backbone's pretraining. Wall time and training images/s are means over the seeds; what else the
-machine was doing is not known.
+backbone's pretraining.
 """
 
 # Pairs of runs whose difference is shown.

@@ -213,7 +213,7 @@ RUNS: Mapping[str, Run] = {
         "head's scale 1, decayed", head_sigma_init=1.0, head_sigma_decays=True
     ),
     "corrected-scale-0.1": _corrected("adapters' scale 0.1", channel_scale=0.1),
-    "corrected-no-drift": _corrected("no drift compensation", drift_compensation=False),
+    "corrected-no-drift": _corrected("NTK-CL without drift compensation", drift_compensation=False),
     # Other choices within it.
     "corrected-both": _corrected("both sub-networks and their fusion", mode="both"),
     "corrected-float32": Run(

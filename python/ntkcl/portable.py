@@ -3,6 +3,8 @@ and become ONNX, where ntkcl is not."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -63,6 +65,33 @@ def _bias_relu_dropout(
     return (x + bias).relu()
 
 
+def _composed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: Sequence[float],
+    old_down: Tensor | None = None,
+    old_up: Tensor | None = None,
+    omega: Tensor | None = None,
+    omega_scale: Sequence[float] = (),
+    composed: bool = False,
+    probe: Tensor | None = None,  # for gradients alone
+) -> Tensor:
+    if not composed:
+        matrices = [weight[j].T + s * (down[j] @ up[j]) for j, s in enumerate(scale)]
+        if old_down is not None and old_up is not None and omega is not None:
+            rank = old_down.shape[2] // omega.shape[1]
+            shares = omega.repeat_interleave(rank, 1)  # of each column of the old modules
+            matrices = [
+                matrix + s * ((old_down[j] * shares[j]) @ old_up[j])
+                for j, (matrix, s) in enumerate(zip(matrices, omega_scale, strict=True))
+            ]
+        weight = torch.stack(matrices).transpose(1, 2)
+    return F.linear(x, weight.flatten(0, 1), bias)
+
+
 def _section_cosine(x: Tensor, prototypes: Tensor, weights: Tensor) -> Tensor:
     sections = weights.shape[0]
     unit, others = (
@@ -75,6 +104,7 @@ _OPS = torch.ops.ntkcl
 _TABLE = {
     _OPS.attention.default: _attention,
     _OPS.bias_relu_dropout.default: _bias_relu_dropout,
+    _OPS.composed_linear.default: _composed_linear,
     _OPS.gelu.default: F.gelu,
     _OPS.residual_layer_norm.default: _residual_layer_norm,
     _OPS.section_cosine.default: _section_cosine,

@@ -30,6 +30,13 @@ class Calls(torch.nn.Module):
         (lambda qkv, gate: ops.attention(qkv, 3, gate, 2), [random(2, 7, 36), random(3)]),
         (ops.bias_relu_dropout, [random(2, 5, 8), random(8)]),
         (ops.bias_relu_dropout, [random(2, 3, 5, 8), random(2, 8)]),
+        (lambda *a: ops.composed_linear(*a, [0.5, 2.0]),
+         [random(4, 6), random(2, 5, 6), random(10), random(2, 6, 3), random(2, 3, 5)]),
+        (lambda x, w, b, d, u, old_d, old_u, o: ops.composed_linear(
+            x, w, b, d, u, [0.5, 2.0], old_down=old_d, old_up=old_u, omega=o,
+            omega_scale=[1.5, 0.5]),
+         [random(4, 6), random(2, 5, 6), random(10), random(2, 6, 3), random(2, 3, 5),
+          random(2, 6, 6), random(2, 6, 5), random(2, 2)]),
         (ops.gelu, [random(4, 9)]),
         (lambda *a: ops.residual_layer_norm(*a, eps=1e-6), [random(2, 5, 8) for _ in "xu"]
          + [random(8), random(8)]),
@@ -37,7 +44,8 @@ class Calls(torch.nn.Module):
          random(8)]),
         (ops.section_cosine, [random(4, 12), random(5, 12), random(3)]),
     ],
-    ids=["attention", "prompts", "bias", "biases", "gelu", "sum and norm", "norm", "cosines"],
+    ids=["attention", "prompts", "bias", "biases", "lora", "loras", "gelu", "sum and norm", "norm",
+         "cosines"],
 )  # fmt: skip
 def test_an_operator_in_torchs_own(
     function: Callable[..., Any], arguments: list[torch.Tensor]
