@@ -274,8 +274,9 @@ class Case:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Every key that decides what is computed, defaults included."""
-        flat = resolve(self.keywords()).flat()
+        """Every key that decides what is computed, defaults included; files by their bare names."""
+        given = self.keywords()
+        flat = resolve(given).flat() | {key: given.get(key) for key in ("dataset", "weights")}
         return {key: value for key, value in flat.items() if key not in _NOT_COMPUTED}
 
     def command(self, threads: int) -> str:

@@ -161,6 +161,13 @@ def test_validation_tests_on_training_images(places) -> None:
     assert accuracy.records_file(places.runs, 0.0).name == "accuracy.jsonl"
 
 
+def test_settings_name_files_as_they_are_on_any_machine() -> None:
+    # Protects: records of other working directories, which would all be run again.
+    protocol = runs.PROTOCOLS["cpu"]
+    settings = runs.Case(protocol, "release", "none", 0).settings()
+    assert (settings["dataset"], settings["weights"]) == (protocol.dataset, protocol.weights)
+
+
 def test_a_record_of_other_settings_is_not_taken_for_the_run() -> None:
     case = runs.Case(runs.PROTOCOLS["cpu"], "corrected", "none", 0)
     record = fabricated("corrected", "none", 0, 60.0)
