@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from cases import dataset_of
 
 import ntkcl
 from test_training import dataset, events, predictions, same_bits, state, train
@@ -86,15 +86,9 @@ def test_one_task_has_none(tmp_path: Path) -> None:
 
 
 def test_a_class_whose_images_are_all_corrupt_is_named(tmp_path: Path) -> None:
-    data = dataset()
-    folder = tmp_path / "images"
-    for name, (images, labels) in data.items():
-        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            file = folder / name / f"class{label}" / f"{number:03d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(file)
-            if (name, label) == ("train", 3):
-                file.write_bytes(file.read_bytes()[:40])
+    folder = dataset_of("corrupt", tmp_path / "images")
+    for file in (folder / "train" / "class3").iterdir():
+        file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"expected an image of every class, got none of class 3"):
         ntkcl.train(
             dataset=folder,
