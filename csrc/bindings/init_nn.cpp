@@ -163,12 +163,8 @@ void init_nn(py::module_& m) {
   m.def("cosine_logits", &nn::cosine_logits, py::arg("x"), py::arg("weight"), py::arg("sigma"));
 
   namespace losses = methods::ntk_cl;
-  m.def("dissimilarity", &losses::dissimilarity, py::arg("kind"), py::arg("fused"),
-        py::arg("labels"), py::arg("old"), py::arg("old_labels"), py::arg("temperature"));
   m.def("old_basis", &losses::old_basis, py::arg("prototypes"), py::arg("limit"));
   m.def("signed_direction", &losses::signed_direction, py::arg("basis"));
-  m.def("signed_sum", &losses::signed_sum, py::arg("features"), py::arg("direction"));
-  m.def("projection_energy", &losses::projection_energy, py::arg("section"), py::arg("basis"));
 }
 
 }  // namespace ntkcl::bindings

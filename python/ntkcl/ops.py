@@ -18,10 +18,16 @@ __all__ = [
     "attention",
     "bias_relu_dropout",
     "composed_linear",
+    "dissimilarity",
+    "feature_fusion",
     "gelu",
+    "parallel_adapter",
     "philox_keep_mask",
+    "projection_energy",
     "residual_layer_norm",
     "section_cosine",
+    "signed_projection",
+    "token_mix_prompts",
 ]
 
 
@@ -162,6 +168,91 @@ def composed_linear(
     return y
 
 
+def dissimilarity(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    old: torch.Tensor,
+    old_labels: torch.Tensor,
+    *,
+    kind: str = "infonce",
+    temperature: float = 0.1,
+) -> torch.Tensor:
+    """A contrastive loss between a batch and kept features of old classes.
+
+    With Z the unit rows of ``[features; old]``, y their labels and ``S = Z Z^T / temperature``:
+
+    - ``"infonce"``: the mean over rows i of the batch that have a positive of
+      ``logsumexp_{j != i} S_ij - mean_{p in P(i)} S_ip``;
+    - ``"release"``, as the authors' code has it: ``log sum_{i != j, y_i = y_j} exp(S_ij) -
+      mean_i logsumexp_{j != i} S_ij``.
+
+    Without a positive pair the loss and its gradient are 0; nothing waits for the device.
+
+    Args:
+        features: (B, D), float32, float64 or bfloat16.
+        labels: (B), int64.
+        old: (R, D), of features' type and device; R may be 0.
+        old_labels: (R), int64.
+        kind: ``"infonce"`` or ``"release"``.
+        temperature: Above 0.
+
+    Returns:
+        A scalar of features' type. features and old are differentiable.
+
+    Raises:
+        ValueError: Shapes or devices do not fit, an unknown kind, or a temperature not above 0.
+        TypeError: An element type is not one of the above.
+
+    Source: NTK-CL (arXiv 2407.17120), L_dis.
+    """
+    result: tuple[torch.Tensor, ...] = torch.ops.ntkcl.dissimilarity(
+        features, labels, old, old_labels, kind, temperature
+    )
+    return result[0]
+
+
+def feature_fusion(
+    channel: torch.Tensor,
+    patch: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    head_mask: torch.Tensor | None = None,
+    p: float = 0.0,
+    value_scale: float = 0.5,
+    patch_scale: float = 0.1,
+) -> torch.Tensor:
+    """The third representation of NTK-CL, of the features of its two sub-networks.
+
+    ``value_scale * drophead(channel weight^T + bias) + channel + patch_scale * patch``: attention
+    over one token is the identity, so its queries and keys take no part.
+
+    Args:
+        channel: (B, D), float32, float64 or bfloat16.
+        patch: (B, D), of channel's type and device, as all that follow.
+        weight: (D, D).
+        bias: (D).
+        head_mask: (B, H), uint8 or bool, 0 where a head is dropped, H a divisor of D; what is kept
+            is divided by 1 - p. None: no dropout.
+        p: The probability of a head being dropped, 0 <= p < 1.
+        value_scale: Of the value.
+        patch_scale: Of patch.
+
+    Returns:
+        (B, D), of channel's type. channel, patch, weight and bias are differentiable.
+
+    Raises:
+        ValueError: Shapes or devices do not fit, or p is out of range.
+        TypeError: An element type is not one of the above.
+
+    Source: NTK-CL (arXiv 2407.17120), the fusion of features.
+    """
+    fused: torch.Tensor = torch.ops.ntkcl.feature_fusion(
+        channel, patch, weight, bias, head_mask, p, value_scale, patch_scale
+    )
+    return fused
+
+
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """``x * Phi(x)``, Phi the normal distribution: GELU by its definition, not by tanh.
 
@@ -183,6 +274,51 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def parallel_adapter(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    residual: bool = False,
+    p: float = 0.0,
+    key: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """An adapter beside a frozen layer, or g of them side by side in one call.
+
+    ``[x +] scale * (drop(relu(x down_weight^T + down_bias)) up_weight^T + up_bias)``. Keeps x and
+    the r hidden units for the backward pass; scale and residual cost no pass over memory.
+
+    Args:
+        x: (..., C), float32, float64 or bfloat16; or (g, ..., C) for g adapters.
+        down_weight: (r, C), of x's type and device as all weights; or (g, r, C).
+        down_bias: (r), or (g, r).
+        up_weight: (D, r), or (g, D, r).
+        up_bias: (D), or (g, D).
+        scale: Of what the adapter adds.
+        residual: Whether x is added; D = C then.
+        p: The probability of a hidden unit being dropped, 0 <= p < 1.
+        key: One int64, on the CPU or on x's device: see :func:`bias_relu_dropout`.
+        mask: Instead of a key, (..., r), uint8 or bool, 0 where dropped.
+
+    Returns:
+        (..., D), of x's type. x and all weights are differentiable.
+
+    Raises:
+        ValueError: Shapes or devices do not fit, p is out of range, or both key and mask are given.
+        TypeError: An element type is not one of the above.
+
+    Source: NTK-CL (arXiv 2407.17120), the channel sub-network; AdaptFormer (arXiv 2205.13535).
+    """
+    out: tuple[torch.Tensor, ...] = torch.ops.ntkcl.parallel_adapter(
+        x, down_weight, down_bias, up_weight, up_bias, scale, residual, mask, key, p
+    )
+    return out[0]
+
+
 def philox_keep_mask(key: torch.Tensor, size: Sequence[int], p: float) -> torch.Tensor:
     """The dropout mask that a key stands for: the one that ``bias_relu_dropout`` draws from it.
 
@@ -201,6 +337,28 @@ def philox_keep_mask(key: torch.Tensor, size: Sequence[int], p: float) -> torch.
     """
     mask: torch.Tensor = torch.ops.ntkcl.philox_keep_mask(key, size, p)
     return mask
+
+
+def projection_energy(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """How much of rows at unit length lies in a subspace: ``mean_b |x^_b basis|^2``.
+
+    As a loss it keeps new features orthogonal to old ones.
+
+    Args:
+        x: (B, D), float32, float64 or bfloat16; rows are divided by max(|x|, 1e-12).
+        basis: (D, k), of x's type and device, orthonormal columns.
+
+    Returns:
+        A scalar of x's type, 0 to 1. x and basis are differentiable.
+
+    Raises:
+        ValueError: Shapes or devices do not fit.
+        TypeError: An element type is not one of the above.
+
+    Source: NTK-CL (arXiv 2407.17120), L_orth as the paper states it.
+    """
+    energy: torch.Tensor = torch.ops.ntkcl.projection_energy(x, basis)
+    return energy
 
 
 def residual_layer_norm(
@@ -263,3 +421,70 @@ def section_cosine(
     """
     scores: torch.Tensor = torch.ops.ntkcl.section_cosine(x, prototypes, weights)
     return scores
+
+
+def signed_projection(x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """``sum_b x^_b . direction`` over rows at unit length.
+
+    With ``direction = 1 - U U^T 1`` it is the sum of all entries of ``x^ - U U^T x^``, with their
+    signs: NTK-CL's L_orth as its authors' code computes it, in which U is constant for a task.
+
+    Args:
+        x: (B, D), float32, float64 or bfloat16; rows are divided by max(|x|, 1e-12).
+        direction: (D), of x's type and device.
+
+    Returns:
+        A scalar of x's type. x and direction are differentiable.
+
+    Raises:
+        ValueError: Shapes or devices do not fit.
+        TypeError: An element type is not one of the above.
+
+    Source: NTK-CL (arXiv 2407.17120), L_orth as released.
+    """
+    total: torch.Tensor = torch.ops.ntkcl.signed_projection(x, direction)
+    return total
+
+
+def token_mix_prompts(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    *,
+    carried: int = 0,
+    scale: float = 1.0,
+    eps: float = 1e-6,
+    insert: bool = True,
+) -> torch.Tensor:
+    """Prompts mixed from an image's tokens, in their place behind the class token.
+
+    ``prompts = LayerNorm(weight x0) * norm_weight + norm_bias + scale * q``, with x0 the N tokens
+    of x without the prompts q that it carries from the block before. A bias of the mixing would be
+    the same for all channels of a token, so that the LayerNorm took it away.
+
+    Args:
+        x: (B, N + carried, C), float32, float64 or bfloat16: the class token, the prompts carried,
+            the others.
+        weight: (P, N), of x's type and device, as the norm's.
+        norm_weight: (C).
+        norm_bias: (C).
+        carried: How many prompts x carries: 0, or P.
+        scale: Of the carried prompts in the new ones.
+        eps: Added to the variance, at least 0.
+        insert: Whether to return the whole sequence.
+
+    Returns:
+        (B, N + P, C), x with the new prompts on places 1 to P; or, without ``insert``, the prompts
+        alone, (B, P, C). x, weight, norm_weight and norm_bias are differentiable.
+
+    Raises:
+        ValueError: Shapes or devices do not fit.
+        TypeError: An element type is not one of the above.
+
+    Source: NTK-CL (arXiv 2407.17120), the patch sub-network.
+    """
+    out: tuple[torch.Tensor, ...] = torch.ops.ntkcl.token_mix_prompts(
+        x, weight, norm_weight, norm_bias, carried, scale, eps, insert
+    )
+    return out[0]

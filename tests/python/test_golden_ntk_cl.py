@@ -10,6 +10,7 @@ import torch
 
 import golden
 from ntkcl import _C
+from ntkcl.ops import dissimilarity, signed_projection
 
 DTYPES = [torch.float64, torch.float32]
 FUSION_KINDS = [
@@ -164,7 +165,9 @@ def test_dissimilarity(tag, dtype):
     fused = g[f"{tag}.features.fused"].to(dtype, copy=True).requires_grad_()
     draws = g[f"{tag}.draws"]
     old = g[f"{tag}.prototypes"].to(dtype)[draws]
-    loss = _C.dissimilarity("release", fused, g[f"{tag}.labels"], old, draws, g.config["tau"])
+    loss = dissimilarity(
+        fused, g[f"{tag}.labels"], old, draws, kind="release", temperature=g.config["tau"]
+    )
     g.check(f"{tag}.l_dis", loss, LOSS, LOSS_ABSOLUTE)
     loss.backward()
     g.check(f"{tag}.l_dis.grad.fused", fused.grad, STEP_GRADIENT)
@@ -179,7 +182,7 @@ def test_orthogonality(tag, dtype):
     direction = _C.signed_direction(_C.old_basis(rows[:n_old], g.config["k"]))
     features = {k: g[f"{tag}.features.{k}"] for k in ("channel", "patch")}
     inputs = leaves(features, dtype)
-    loss = sum(_C.signed_sum(x, direction) for x in inputs.values())
+    loss = sum(signed_projection(x, direction) for x in inputs.values())
     g.check(f"{tag}.l_orth", loss, LOSS, LOSS_ABSOLUTE)
     loss.backward()
     for name, tensor in inputs.items():

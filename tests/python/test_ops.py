@@ -26,7 +26,7 @@ P = 0.3
 
 def random(*shape, dtype=torch.float32, seed=0, requires_grad=False):
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
     return values.to(dtype).requires_grad_(requires_grad)
 
 
@@ -1034,6 +1034,48 @@ def test_composed_linear_errors():
 # --- torch's view of the operators --------------------------------------------------------------
 
 
+def ntk_samples(make, key, mask):
+    ops = torch.ops.ntkcl
+    for groups in ((), (2,)):
+        weights = [make(*groups, *shape) for shape in ((16, 8), (16,), (8, 16), (8,))]
+        x = make(2, 7, 8)
+        yield ops.parallel_adapter.default, (x, *weights, 0.5, True, None, key, P)
+        yield ops.parallel_adapter.default, (x, *weights, 0.5, False, mask, None, P)
+        down, up = weights[0].detach(), weights[2].detach()
+        grad, inner = make(2, 7, 8).detach(), make(2, 7, 16).detach()
+        yield (
+            ops.parallel_adapter_backward.default,
+            (grad, x.detach(), inner, down, up, 0.5, True, P, [True, False, True, True, False]),
+        )
+    x, x4, row, square = make(2, 7, 8), make(4, 8), make(8), make(8, 8)
+    for carried, insert in ((0, True), (3, False), (3, True)):
+        weight = make(3, 7 - carried)
+        yield ops.token_mix_prompts.default, (x, weight, row, row, carried, 0.5, EPS, insert)
+        kept = [t.detach() for t in ops.token_mix_prompts(x, weight, row, row, carried)]
+        out = ops.token_mix_prompts(x, weight, row, row, carried, insert=insert)[0].detach()
+        kept = (x.detach(), *kept[1:], weight.detach(), row.detach(), carried, 0.5, insert)
+        for x_grad in (None, x.detach()):
+            arguments = (out, x_grad, *kept, [True, True, False, True])
+            yield ops.token_mix_prompts_backward.default, arguments
+    head_mask = mask[:1, :4, :2].reshape(4, 2)
+    yield ops.feature_fusion.default, (x4, x4, square, row)
+    yield ops.feature_fusion.default, (x4, x4, square, row, head_mask, P)
+    yield (
+        ops.feature_fusion_backward.default,
+        (x4.detach(), x4.detach(), square.detach(), head_mask, P, 0.5, 0.1, [True] * 4),
+    )
+    labels = torch.tensor([0, 1, 0, 2], device=key.device)
+    for kind in ("release", "infonce"):
+        yield ops.dissimilarity.default, (x4, labels, square, labels.repeat(2), kind, 0.5)
+        kept = [t.detach() for t in ops.dissimilarity(x4, labels, x4, labels, kind, 0.5)]
+        yield ops.dissimilarity_backward.default, (kept[0], 4, *kept[1:], [True, False])
+    scalar = make().detach()
+    yield ops.projection_energy.default, (x4, make(8, 3))
+    yield ops.projection_energy_backward.default, (scalar, x4.detach(), square.detach(), [True] * 2)
+    yield ops.signed_projection.default, (x4, row)
+    yield ops.signed_projection_backward.default, (scalar, x4.detach(), row.detach(), [True, False])
+
+
 def operator_samples(device="cpu"):
     """(operator, arguments) with gradients, without, non-contiguous and zero-size."""
     ops = torch.ops.ntkcl
@@ -1086,6 +1128,7 @@ def operator_samples(device="cpu"):
                 arguments = (layer[0], half, *layer[1:], torch.bfloat16)
                 yield ops.residual_layer_norm.default, arguments
             yield ops.section_cosine.default, (make(4, 6), make(3, 6), make(2))
+            yield from ntk_samples(make, key, mask)
     x, bias = random(2, 7, 3).to(device), random(3).to(device)
     y = bias_relu_dropout(x, bias)
     scores = random(4, 3).to(device)

@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include "ntkcl/core/error.h"
-#include "ntkcl/ops/bias_relu_dropout.h"
 #include "ntkcl/ops/philox_keep_mask.h"
 
 namespace ntkcl::nn {
@@ -44,34 +43,23 @@ void AdapterList::visit(const std::string& prefix, const NamedTensorFn& fn) {
   }
 }
 
-at::Tensor bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias, const Dropout& dropout,
-                             int64_t dim, int64_t tokens) {
-  const auto optional = [](const at::Tensor& t) {
-    return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
-  };
-  if (dropout.rows == 0) {
-    const at::Tensor mask = dropout.mask.defined() ? dropout.mask.to(x.device()) : at::Tensor();
-    return ops::bias_relu_dropout(x, bias, optional(mask), optional(dropout.key), dropout.p);
+at::Tensor adapter(const at::Tensor& hidden, const ops::AdapterWeights& weights,
+                   const Dropout& dropout, int64_t image_dim) {
+  std::optional<at::Tensor> mask, key;
+  if (dropout.mask.defined()) {
+    const int64_t tokens = image_dim + 1;
+    mask = dropout.mask.narrow(tokens, 0, hidden.size(tokens)).to(hidden.device());
+  } else if (dropout.key.defined() && dropout.rows == 0) {
+    key = dropout.key;
+  } else if (dropout.key.defined()) {
+    // Of the mask of all images those of these.
+    auto sizes = hidden.sizes().vec();
+    sizes.back() = weights.down_weight.size(-2);
+    sizes[static_cast<size_t>(image_dim)] = dropout.rows;
+    mask = ops::philox_keep_mask(dropout.key.to(hidden.device()), sizes, dropout.p)
+               .narrow(image_dim, dropout.first, hidden.size(image_dim));
   }
-  // Of the mask of all images those of these.
-  auto sizes = x.sizes().vec();
-  const int64_t own = sizes[static_cast<size_t>(dim)];
-  sizes[static_cast<size_t>(dim)] = dropout.rows * tokens;
-  const at::Tensor all = ops::philox_keep_mask(dropout.key.to(x.device()), sizes, dropout.p);
-  return ops::bias_relu_dropout(x, bias, all.narrow(dim, dropout.first * tokens, own), std::nullopt,
-                                dropout.p);
-}
-
-at::Tensor adapter(const at::Tensor& hidden, const at::Tensor& down_weight,
-                   const at::Tensor& down_bias, const at::Tensor& up_weight,
-                   const at::Tensor& up_bias, const Dropout& dropout) {
-  Dropout here = dropout;
-  if (here.mask.defined()) {  // the last block computes the class token alone
-    here.mask = here.mask.narrow(1, 0, hidden.size(1));
-  }
-  const at::Tensor inner =
-      bias_relu_dropout(at::linear(hidden, down_weight), down_bias, here, 0, 1);
-  return at::linear(inner, up_weight, up_bias);
+  return ops::parallel_adapter(hidden, weights, mask, key, dropout.p).out;
 }
 
 at::Tensor channel_pass(const VisionTransformer& vit, const Prefix& prefix,
@@ -94,9 +82,14 @@ at::Tensor channel_pass(const VisionTransformer& vit, const Prefix& prefix,
     const bool last = l + 1 == depth && !trace;
     x = l == 0 ? Residual{prefix.hidden, prefix.mlp}
                : vit.mlp(l, vit.attention(l, x, {.class_token_only = last}));
-    const at::Tensor added = adapter(x.stream, down_weight[i], down_bias[i], up_weight[i],
-                                     up_bias[i], dropout.empty() ? Dropout{} : dropout[i]);
-    x.stream = at::add(x.stream, added, scale);
+    x.stream = adapter(x.stream,
+                       {.down_weight = down_weight[i],
+                        .down_bias = down_bias[i],
+                        .up_weight = up_weight[i],
+                        .up_bias = up_bias[i],
+                        .scale = scale,
+                        .residual = true},
+                       dropout.empty() ? Dropout{} : dropout[i]);
     if (trace) {
       trace->blocks.push_back(x.value());
     }

@@ -3,6 +3,7 @@
 #include <functional>
 
 #include "ntkcl/nn/vision_transformer.h"
+#include "ntkcl/ops/parallel_adapter.h"
 
 namespace ntkcl::nn {
 
@@ -46,15 +47,11 @@ struct AdapterList {
   void visit(const std::string& prefix, const NamedTensorFn& fn);
 };
 
-// drop(relu(x + bias)), the middle of an adapter or of several: see ops/bias_relu_dropout.h. The
-// images lie along `dim` of x, `tokens` rows each.
-at::Tensor bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias, const Dropout& dropout,
-                             int64_t dim, int64_t tokens);
-
-// drop(relu(W_down h + b_down)) W_up^T + b_up, without scale and residual: (B, T, C) -> (B, T, C).
-at::Tensor adapter(const at::Tensor& hidden, const at::Tensor& down_weight,
-                   const at::Tensor& down_bias, const at::Tensor& up_weight,
-                   const at::Tensor& up_bias, const Dropout& dropout);
+// An adapter, or several, of ops/parallel_adapter.h: hidden (..., T, C) with the images along
+// `image_dim`, tokens along the next. A mask may have more tokens than `hidden`, whose first those
+// are: the last block computes the class token alone.
+at::Tensor adapter(const at::Tensor& hidden, const ops::AdapterWeights& weights,
+                   const Dropout& dropout, int64_t image_dim = 0);
 
 // One pass with adapters: class features (B, C). `dropout` holds one entry per block, or none.
 at::Tensor channel_pass(const VisionTransformer& vit, const Prefix& prefix,

@@ -66,18 +66,13 @@ void BranchList::visit(const std::string& prefix, const NamedTensorFn& fn) {
 at::Tensor stream_adapters(const at::Tensor& hidden, const Streams& streams, int64_t block,
                            const Dropout& dropout) {
   const BranchList& a = streams.adapters;
-  const int64_t s = a.branches(), b = hidden.size(1), t = hidden.size(2);
-  Dropout here = dropout;
-  if (here.mask.defined()) {  // the last block computes the class token alone
-    here.mask = here.mask.narrow(2, 0, t).reshape({s, b * t, -1});
-  }
-  const at::Tensor x = hidden.narrow(0, 0, s).reshape({s, b * t, -1});
-  const at::Tensor inner =
-      bias_relu_dropout(at::bmm(x, a.down_weight.select(1, block).transpose(1, 2)),
-                        a.down_bias.select(1, block), here, 1, t);
-  const at::Tensor own = at::baddbmm(a.up_bias.select(1, block).unsqueeze(1), inner,
-                                     a.up_weight.select(1, block).transpose(1, 2))
-                             .view({s, b, t, -1});
+  const int64_t s = a.branches();
+  const at::Tensor own = adapter(hidden.narrow(0, 0, s),
+                                 {.down_weight = a.down_weight.select(1, block),
+                                  .down_bias = a.down_bias.select(1, block),
+                                  .up_weight = a.up_weight.select(1, block),
+                                  .up_bias = a.up_bias.select(1, block)},
+                                 dropout, /*image_dim=*/1);
   if (!streams.shares.defined()) {
     return own;
   }

@@ -2,10 +2,12 @@
 
 #include <ATen/ATen.h>
 
+#include "ntkcl/ops/unit_rows.h"
+
 namespace ntkcl::nn {
 
 at::Tensor unit_rows(const at::Tensor& x) {
-  return x / at::linalg_vector_norm(x, 2, {-1}, /*keepdim=*/true).clamp_min(1e-12);
+  return ops::unit_rows(x).unit;
 }
 
 at::Tensor cosines(const at::Tensor& x, const at::Tensor& weight) {

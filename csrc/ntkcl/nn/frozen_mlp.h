@@ -2,6 +2,7 @@
 
 #include "ntkcl/nn/frozen_linear.h"
 #include "ntkcl/nn/residual.h"
+#include "ntkcl/ops/token_mix_prompts.h"
 
 namespace ntkcl::nn {
 
@@ -18,6 +19,12 @@ struct FrozenMlp {
   bool recompute = false;
 
   Residual operator()(const Residual& hidden) const;
+
+  // The same with prompts: h carries P of them behind its class token, LN2 and the rest see newly
+  // mixed ones in their place (ops/token_mix_prompts.h). The stream that leaves is h as it was.
+  // `generated` receives the new prompts (B, P, C), without a gradient.
+  Residual with_prompts(const Residual& hidden, const ops::PromptMixing& mixing,
+                        at::Tensor* generated = nullptr) const;
 };
 
 }  // namespace ntkcl::nn

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/ops/feature_fusion.h"
 
 namespace ntkcl::nn {
 namespace {
@@ -86,12 +87,10 @@ at::Tensor Fusion::linear(const at::Tensor& x, const std::string& name) const {
 
 at::Tensor Fusion::operator()(const at::Tensor& channel, const at::Tensor& patch,
                               const at::Tensor& head_mask, double p) const {
-  at::Tensor head_scale;  // (B, heads): 0 or 1 / (1 - p)
-  if (head_mask.defined() && drops_heads()) {
-    head_scale = head_mask.to(channel.scalar_type()) / (1.0 - p);
-  }
   if (kind_ == "attention") {
-    return 0.5 * attention(channel, head_scale) + channel + 0.1 * patch;
+    return ops::feature_fusion(channel, patch, get("value.weight"), get("value.bias"),
+                               head_mask.defined() ? std::optional(head_mask) : std::nullopt,
+                               {.p = p});
   }
   if (kind_ == "concat") {
     return 0.5 * at::relu(linear(pair(channel, patch), "fc1")) + channel + patch;
@@ -107,17 +106,13 @@ at::Tensor Fusion::operator()(const at::Tensor& channel, const at::Tensor& patch
     return 0.1 * decoded + channel + patch;
   }
   if (kind_ == "cross_attention") {
+    at::Tensor head_scale;  // (B, heads): 0 or 1 / (1 - p)
+    if (head_mask.defined()) {
+      head_scale = head_mask.to(channel.scalar_type()) / (1.0 - p);
+    }
     return 0.5 * cross_attention(channel, patch, head_scale) + channel + 0.1 * patch;
   }
   return recurrent(channel, patch) + channel + patch;
-}
-
-at::Tensor Fusion::attention(const at::Tensor& channel, const at::Tensor& head_scale) const {
-  const at::Tensor value = linear(channel, "value");
-  if (!head_scale.defined()) {
-    return value;
-  }
-  return (value.view({value.size(0), heads_, -1}) * head_scale.unsqueeze(2)).view_as(value);
 }
 
 at::Tensor Fusion::recurrent(const at::Tensor& channel, const at::Tensor& patch) const {

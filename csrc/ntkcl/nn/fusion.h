@@ -44,7 +44,6 @@ class Fusion {
   const at::Tensor& get(const std::string& name) const;
   at::Tensor linear(const at::Tensor& x, const std::string& name) const;
   void add_linear(const std::string& name, int64_t out, int64_t in, bool live = true);
-  at::Tensor attention(const at::Tensor& channel, const at::Tensor& head_scale) const;
   at::Tensor recurrent(const at::Tensor& channel, const at::Tensor& patch) const;
   at::Tensor cross_attention(const at::Tensor& channel, const at::Tensor& patch,
                              const at::Tensor& head_scale) const;

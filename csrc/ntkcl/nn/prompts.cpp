@@ -3,33 +3,34 @@
 #include <ATen/ATen.h>
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/ops/token_mix_prompts.h"
 
 namespace ntkcl::nn {
 namespace {
 
 // One block's generator, as views of the list.
 struct Generator {
-  at::Tensor mix_weight, norm_weight, norm_bias, gate;
+  ops::PromptMixing mixing;
+  at::Tensor gate;
 };
 
-std::vector<Generator> generators(const PromptList& list) {
+// b_g is the same for a token's C channels, so LN_p takes it away whatever it is: it is left out,
+// and its gradient is exactly 0.
+std::vector<Generator> generators(const PromptList& list, double scale) {
   const auto mix_weight = list.mix_weight.unbind(0);
   const auto norm_weight = list.norm_weight.unbind(0), norm_bias = list.norm_bias.unbind(0);
   const auto gate = list.gate.defined() ? list.gate.unbind(0) : std::vector<at::Tensor>{};
   std::vector<Generator> result;
   for (size_t l = 0; l < mix_weight.size(); ++l) {
-    result.push_back(
-        {mix_weight[l], norm_weight[l], norm_bias[l], gate.empty() ? at::Tensor() : gate[l]});
+    result.push_back({{.weight = mix_weight[l],
+                       .norm_weight = norm_weight[l],
+                       .norm_bias = norm_bias[l],
+                       .carried = l == 0 ? 0 : list.prompts(),
+                       .scale = scale,
+                       .eps = kLayerNormEps},
+                      gate.empty() ? at::Tensor() : gate[l]});
   }
   return result;
-}
-
-// LN_p(W_g x0 + b_g): (B, N, C) -> (B, P, C). b_g is the same for a token's C channels, so LN_p
-// takes it away whatever it is: it is left out, and its gradient is exactly 0.
-at::Tensor generate(const Generator& g, const at::Tensor& x0) {
-  // Not matmul, which transposes x0 where the weight requires a gradient.
-  const at::Tensor mixed = at::bmm(g.mix_weight.expand({x0.size(0), -1, -1}), x0);
-  return layer_norm({mixed}, g.norm_weight, g.norm_bias, mixed.scalar_type()).out;
 }
 
 // [cls, prompts, patches] of tokens whose first row is cls.
@@ -79,7 +80,7 @@ at::Tensor patch_pass(const VisionTransformer& vit, const Prefix& prefix, const 
   NTKCL_CHECK(prompts.mix_weight.size(0) == depth && prompts.mix_weight.size(2) == vit.tokens(),
               "patch_pass", "expected generators for ", depth, " blocks and ", vit.tokens(),
               " tokens, got ", prompts.mix_weight.sizes());
-  const std::vector<Generator> blocks = generators(prompts);
+  const std::vector<Generator> blocks = generators(prompts, scale);
 
   Residual x;
   for (int64_t l = 0; l < depth; ++l) {
@@ -88,21 +89,14 @@ at::Tensor patch_pass(const VisionTransformer& vit, const Prefix& prefix, const 
     at::Tensor generated;
     if (l == 0) {
       // The image tokens' share of this block is the prefix; only the prompts are new.
-      generated = generate(g, prefix.hidden);
+      generated = ops::token_mix_prompts(prefix.hidden, g.mixing).out;
       x = {insert(prefix.hidden + prefix.mlp, vit.mlp(0, {generated}).update)};
     } else {
       const Residual after =
           vit.attention(l, x, {.class_token_only = last, .prompts = p, .prompt_gate = g.gate});
-      if (last) {
-        // Only CLS leaves: the last generator never reaches the output (section 8.5).
-        x = vit.mlp(l, after);
-      } else {
-        const at::Tensor h = after.value();
-        const auto parts = h.split_with_sizes({1, p, h.size(1) - 1 - p}, 1);
-        generated = at::add(generate(g, at::cat({parts[0], parts[2]}, 1)), parts[1], scale);
-        // The residual of a prompt is q, which is what h holds there.
-        x = {h, vit.mlp(l, {at::cat({parts[0], generated, parts[2]}, 1)}).update};
-      }
+      // Of the last block only CLS leaves: its generator never reaches the output (section 8.5).
+      // The residual of a prompt is q, which is what the tokens hold there.
+      x = last ? vit.mlp(l, after) : vit.prompted_mlp(l, after, g.mixing, &generated);
     }
     if (trace) {
       trace->blocks.push_back(x.value());

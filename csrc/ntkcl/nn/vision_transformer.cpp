@@ -374,6 +374,12 @@ Residual VisionTransformer::mlp(int64_t block, const Residual& hidden,
   return {value, through(products, &BlockProducts::fc2, w.fc2, inner)};
 }
 
+Residual VisionTransformer::prompted_mlp(int64_t block, const Residual& hidden,
+                                         const ops::PromptMixing& mixing,
+                                         at::Tensor* generated) const {
+  return blocks_[static_cast<size_t>(block)].mlp.with_prompts(hidden, mixing, generated);
+}
+
 at::Tensor VisionTransformer::class_feature(const at::Tensor& x) const {
   return layer_norm({x.select(1, 0)}, norm_weight_, norm_bias_, x.scalar_type()).out;
 }

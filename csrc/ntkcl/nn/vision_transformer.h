@@ -100,6 +100,9 @@ class VisionTransformer {
   // h + MLP(LN2(h)): (B, T, C) -> (B, T, C).
   Residual mlp(int64_t block, const Residual& hidden,
                const BlockProducts* products = nullptr) const;
+  // The same where new prompts take the places of those that the tokens carry. See FrozenMlp.
+  Residual prompted_mlp(int64_t block, const Residual& hidden, const ops::PromptMixing& mixing,
+                        at::Tensor* generated = nullptr) const;
   // CLS row of the final LayerNorm: (B, T, C) -> (B, C).
   at::Tensor class_feature(const at::Tensor& x) const;
 

@@ -5,9 +5,14 @@
 #include "ntkcl/ops/attention.h"
 #include "ntkcl/ops/bias_relu_dropout.h"
 #include "ntkcl/ops/composed_linear.h"
+#include "ntkcl/ops/dissimilarity.h"
+#include "ntkcl/ops/feature_fusion.h"
 #include "ntkcl/ops/gelu.h"
+#include "ntkcl/ops/parallel_adapter.h"
+#include "ntkcl/ops/projection.h"
 #include "ntkcl/ops/residual_layer_norm.h"
 #include "ntkcl/ops/section_cosine.h"
+#include "ntkcl/ops/token_mix_prompts.h"
 
 // The autograd functions of all operators, in one file because custom_function.h costs 10 s.
 namespace ntkcl::ops {
@@ -18,6 +23,33 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
+
+// Which of the first N inputs want a gradient; all of them are tensors.
+template <size_t N>
+std::array<bool, N> first_wanted(AutogradContext* context) {
+  std::array<bool, N> wanted{};
+  for (size_t i = 0; i < N; ++i) {
+    wanted[i] = context->needs_input_grad(i);
+  }
+  return wanted;
+}
+
+// The gradients of the first inputs, those not wanted undefined, and as many more as `count` says.
+template <size_t N>
+variable_list as_results(const std::array<at::Tensor, N>& found, const std::array<bool, N>& wanted,
+                         size_t count) {
+  variable_list results(count);
+  for (size_t i = 0; i < N; ++i) {
+    if (wanted[i]) {
+      results[i] = found[i];
+    }
+  }
+  return results;
+}
+
+std::optional<at::Tensor> optional(const Variable& v) {
+  return v.defined() ? std::optional<at::Tensor>(v) : std::nullopt;
+}
 
 struct AttentionFunction : Function<AttentionFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& qkv, int64_t heads,
@@ -33,8 +65,7 @@ struct AttentionFunction : Function<AttentionFunction> {
     const variable_list saved = context->get_saved_variables();
     const Variable& gate = saved[1];
     auto [dqkv, dgate] =
-        attention_backward(grads[0], saved[0], context->saved_data["heads"].toInt(),
-                           gate.defined() ? std::optional(gate) : std::nullopt,
+        attention_backward(grads[0], saved[0], context->saved_data["heads"].toInt(), optional(gate),
                            context->saved_data["prompts"].toInt());
     return {dqkv, Variable(), gate.defined() ? dgate : Variable(), Variable()};
   }
@@ -85,9 +116,6 @@ struct ComposedLinearFunction : Function<ComposedLinearFunction> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const variable_list saved = context->get_saved_variables();
-    const auto optional = [](const Variable& v) {
-      return v.defined() ? Optional(v) : std::nullopt;
-    };
     const LowRankModules m =
         low_rank_modules(saved[2], saved[3], context->saved_data["scale"].toDoubleVector(),
                          optional(saved[4]), optional(saved[5]), optional(saved[6]),
@@ -117,6 +145,54 @@ struct ComposedLinearFunction : Function<ComposedLinearFunction> {
   }
 };
 
+struct DissimilarityFunction : Function<DissimilarityFunction> {
+  static variable_list forward(AutogradContext* context, const at::Tensor& features,
+                               const at::Tensor& old, const at::Tensor& labels,
+                               const at::Tensor& old_labels, std::string_view kind,
+                               double temperature) {
+    const AutoDispatchBelowADInplaceOrView guard;
+    const auto [loss, unit, scale, pull] =
+        dissimilarity(features, labels, old, old_labels, kind, temperature);
+    context->save_for_backward({unit, scale, pull});
+    context->saved_data["batch"] = features.size(0);
+    context->mark_non_differentiable({unit, scale, pull});
+    context->set_materialize_grads(false);
+    return {loss, unit, scale, pull};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    if (!grads[0].defined()) {
+      return variable_list(6);
+    }
+    const variable_list saved = context->get_saved_variables();
+    const auto wanted = first_wanted<2>(context);
+    const auto [dfeatures, dold] = dissimilarity_backward(
+        grads[0], context->saved_data["batch"].toInt(), saved[0], saved[1], saved[2], wanted);
+    return as_results<2>({dfeatures, dold}, wanted, 6);
+  }
+};
+
+struct FeatureFusionFunction : Function<FeatureFusionFunction> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& channel,
+                            const at::Tensor& patch, const at::Tensor& weight,
+                            const at::Tensor& bias, const std::optional<at::Tensor>& head_mask,
+                            double p, double value_scale, double patch_scale) {
+    const AutoDispatchBelowADInplaceOrView guard;
+    context->save_for_backward({channel, weight, head_mask.value_or(at::Tensor())});
+    context->saved_data["scales"] = std::vector<double>{p, value_scale, patch_scale};
+    return feature_fusion(channel, patch, weight, bias, head_mask, {p, value_scale, patch_scale});
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    const auto scales = context->saved_data["scales"].toDoubleVector();
+    const auto wanted = first_wanted<kFusionGradients>(context);
+    return as_results(feature_fusion_backward(grads[0], saved[0], saved[1], optional(saved[2]),
+                                              {scales[0], scales[1], scales[2]}, wanted),
+                      wanted, 8);
+  }
+};
+
 struct GeluFunction : Function<GeluFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x) {
     const AutoDispatchBelowADInplaceOrView guard;
@@ -126,6 +202,58 @@ struct GeluFunction : Function<GeluFunction> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     return {ops::gelu_backward(grads[0], context->get_saved_variables()[0])};
+  }
+};
+
+struct ParallelAdapterFunction : Function<ParallelAdapterFunction> {
+  static variable_list forward(AutogradContext* context, const at::Tensor& x,
+                               const at::Tensor& down_weight, const at::Tensor& down_bias,
+                               const at::Tensor& up_weight, const at::Tensor& up_bias, double scale,
+                               bool residual, const std::optional<at::Tensor>& mask,
+                               const std::optional<at::Tensor>& key, double p) {
+    const AutoDispatchBelowADInplaceOrView guard;
+    const auto [out, inner] = parallel_adapter(
+        x, {down_weight, down_bias, up_weight, up_bias, scale, residual}, mask, key, p);
+    context->save_for_backward({x, inner, down_weight, up_weight});
+    context->saved_data["scale"] = scale;
+    context->saved_data["residual"] = residual;
+    context->saved_data["p"] = mask || key ? p : 0.0;
+    context->mark_non_differentiable({inner});
+    context->set_materialize_grads(false);
+    return {out, inner};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    if (!grads[0].defined()) {
+      return variable_list(10);
+    }
+    const variable_list saved = context->get_saved_variables();
+    const auto wanted = first_wanted<kAdapterGradients>(context);
+    const AdapterWeights weights{.down_weight = saved[2],
+                                 .down_bias = {},
+                                 .up_weight = saved[3],
+                                 .up_bias = {},
+                                 .scale = context->saved_data["scale"].toDouble(),
+                                 .residual = context->saved_data["residual"].toBool()};
+    return as_results(parallel_adapter_backward(grads[0], saved[0], saved[1], weights,
+                                                context->saved_data["p"].toDouble(), wanted),
+                      wanted, 10);
+  }
+};
+
+struct ProjectionEnergyFunction : Function<ProjectionEnergyFunction> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x,
+                            const at::Tensor& basis) {
+    const AutoDispatchBelowADInplaceOrView guard;
+    context->save_for_backward({x, basis});
+    return projection_energy(x, basis);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    const auto wanted = first_wanted<2>(context);
+    const auto [dx, dbasis] = projection_energy_backward(grads[0], saved[0], saved[1], wanted);
+    return as_results<2>({dx, dbasis}, wanted, 2);
   }
 };
 
@@ -197,6 +325,58 @@ struct SectionCosineFunction : Function<SectionCosineFunction> {
   }
 };
 
+struct SignedProjectionFunction : Function<SignedProjectionFunction> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x,
+                            const at::Tensor& direction) {
+    const AutoDispatchBelowADInplaceOrView guard;
+    context->save_for_backward({x, direction});
+    return signed_projection(x, direction);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    const auto wanted = first_wanted<2>(context);
+    const auto [dx, ddirection] = signed_projection_backward(grads[0], saved[0], saved[1], wanted);
+    return as_results<2>({dx, ddirection}, wanted, 2);
+  }
+};
+
+struct TokenMixPromptsFunction : Function<TokenMixPromptsFunction> {
+  static variable_list forward(AutogradContext* context, const at::Tensor& x,
+                               const at::Tensor& weight, const at::Tensor& norm_weight,
+                               const at::Tensor& norm_bias, int64_t carried, double scale,
+                               double eps, bool insert) {
+    const AutoDispatchBelowADInplaceOrView guard;
+    const auto [out, mixed, mean, norm_scale] =
+        token_mix_prompts(x, {weight, norm_weight, norm_bias, carried, scale, eps, insert});
+    context->save_for_backward({x, mixed, mean, norm_scale, weight, norm_weight});
+    context->saved_data["carried"] = carried;
+    context->saved_data["scale"] = scale;
+    context->saved_data["insert"] = insert;
+    context->mark_non_differentiable({mixed, mean, norm_scale});
+    context->set_materialize_grads(false);
+    return {out, mixed, mean, norm_scale};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    if (!grads[0].defined()) {
+      return variable_list(8);
+    }
+    const variable_list saved = context->get_saved_variables();
+    const auto wanted = first_wanted<kPromptGradients>(context);
+    const PromptMixing mixing{.weight = saved[4],
+                              .norm_weight = saved[5],
+                              .norm_bias = {},
+                              .carried = context->saved_data["carried"].toInt(),
+                              .scale = context->saved_data["scale"].toDouble(),
+                              .insert = context->saved_data["insert"].toBool()};
+    return as_results(
+        token_mix_prompts_backward(grads[0], std::nullopt, saved[0],
+                                   {{}, saved[1], saved[2], saved[3]}, mixing, wanted),
+        wanted, 8);
+  }
+};
+
 at::Tensor attention_autograd(const at::Tensor& qkv, int64_t heads,
                               const std::optional<at::Tensor>& gate, int64_t prompts) {
   return AttentionFunction::apply(qkv, heads, gate, prompts);
@@ -220,8 +400,37 @@ at::Tensor composed_linear_autograd(const at::Tensor& x, const at::Tensor& weigh
                                        omega_scale, composed, probe);
 }
 
+detail::FourTensors dissimilarity_autograd(const at::Tensor& features, const at::Tensor& labels,
+                                           const at::Tensor& old, const at::Tensor& old_labels,
+                                           std::string_view kind, double temperature) {
+  const variable_list results =
+      DissimilarityFunction::apply(features, old, labels, old_labels, kind, temperature);
+  return {results[0], results[1], results[2], results[3]};
+}
+
+at::Tensor feature_fusion_autograd(const at::Tensor& channel, const at::Tensor& patch,
+                                   const at::Tensor& weight, const at::Tensor& bias,
+                                   const std::optional<at::Tensor>& head_mask, double p,
+                                   double value_scale, double patch_scale) {
+  return FeatureFusionFunction::apply(channel, patch, weight, bias, head_mask, p, value_scale,
+                                      patch_scale);
+}
+
 at::Tensor gelu_autograd(const at::Tensor& x) {
   return GeluFunction::apply(x);
+}
+
+std::tuple<at::Tensor, at::Tensor> parallel_adapter_autograd(
+    const at::Tensor& x, const at::Tensor& down_weight, const at::Tensor& down_bias,
+    const at::Tensor& up_weight, const at::Tensor& up_bias, double scale, bool residual,
+    const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& key, double p) {
+  const variable_list results = ParallelAdapterFunction::apply(
+      x, down_weight, down_bias, up_weight, up_bias, scale, residual, mask, key, p);
+  return {results[0], results[1]};
+}
+
+at::Tensor projection_energy_autograd(const at::Tensor& x, const at::Tensor& basis) {
+  return ProjectionEnergyFunction::apply(x, basis);
 }
 
 detail::FourTensors residual_layer_norm_autograd(const at::Tensor& x,
@@ -238,22 +447,42 @@ at::Tensor section_cosine_autograd(const at::Tensor& x, const at::Tensor& protot
   return SectionCosineFunction::apply(x, prototypes, weights);
 }
 
+at::Tensor signed_projection_autograd(const at::Tensor& x, const at::Tensor& direction) {
+  return SignedProjectionFunction::apply(x, direction);
+}
+
+detail::FourTensors token_mix_prompts_autograd(const at::Tensor& x, const at::Tensor& weight,
+                                               const at::Tensor& norm_weight,
+                                               const at::Tensor& norm_bias, int64_t carried,
+                                               double scale, double eps, bool insert) {
+  const variable_list results = TokenMixPromptsFunction::apply(x, weight, norm_weight, norm_bias,
+                                                               carried, scale, eps, insert);
+  return {results[0], results[1], results[2], results[3]};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(ntkcl, Autograd, m) {
   m.impl("attention", &attention_autograd);
   m.impl("bias_relu_dropout", &bias_relu_dropout_autograd);
   m.impl("composed_linear", &composed_linear_autograd);
+  m.impl("dissimilarity", &dissimilarity_autograd);
+  m.impl("feature_fusion", &feature_fusion_autograd);
   m.impl("gelu", &gelu_autograd);
+  m.impl("parallel_adapter", &parallel_adapter_autograd);
+  m.impl("projection_energy", &projection_energy_autograd);
   m.impl("residual_layer_norm", &residual_layer_norm_autograd);
   m.impl("section_cosine", &section_cosine_autograd);
+  m.impl("signed_projection", &signed_projection_autograd);
+  m.impl("token_mix_prompts", &token_mix_prompts_autograd);
   // Second derivatives are an error when asked for, not silently zero.
-  m.impl("attention_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("bias_relu_dropout_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("composed_linear_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("gelu_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("residual_layer_norm_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("section_cosine_backward", torch::autograd::autogradNotImplementedFallback());
+  for (const char* op :
+       {"attention_backward", "bias_relu_dropout_backward", "composed_linear_backward",
+        "dissimilarity_backward", "feature_fusion_backward", "gelu_backward",
+        "parallel_adapter_backward", "projection_energy_backward", "residual_layer_norm_backward",
+        "section_cosine_backward", "signed_projection_backward", "token_mix_prompts_backward"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 }  // namespace ntkcl::ops

@@ -24,21 +24,7 @@ void check_bias_relu_dropout(const at::Tensor& x, const at::Tensor& bias,
   NTKCL_OP_CHECK((bias.dim() == 1 || grouped) && bias.sym_size(-1) == x.sym_size(-1), op,
                  "expected bias (r), or (g, r) for the g = first dimension, of x ", x.sym_sizes(),
                  ", got ", bias.sym_sizes());
-  check_dropout_probability(op, p);
-  NTKCL_OP_CHECK(!(mask && key), op, "expected a mask or a key, got both");
-  if (mask) {
-    NTKCL_OP_CHECK_TYPE(mask->scalar_type() == at::kByte || mask->scalar_type() == at::kBool, op,
-                        "expected mask of uint8 or bool, got ", mask->scalar_type());
-    check_same_shape(op, "mask", *mask, "x", x);
-    NTKCL_OP_CHECK(mask->device() == x.device(), op, "expected mask on x's device ", x.device(),
-                   ", got ", mask->device());
-  }
-  if (key) {
-    check_key(op, *key);
-    NTKCL_OP_CHECK(key->is_cpu() || key->device() == x.device(), op,
-                   "expected key on the CPU or on x's device ", x.device(), ", got ",
-                   key->device());
-  }
+  check_dropout(op, mask, key, p, "x's", x.sym_sizes(), x.device());
 }
 
 void check_bias_relu_dropout_backward(const at::Tensor& grad, const at::Tensor& y, double p,

@@ -22,8 +22,34 @@ void check_same_shape(const char* op, std::string_view name, const at::Tensor& t
                  "'s shape ", other.sym_sizes(), ", got ", tensor.sym_sizes());
 }
 
+void check_shape(const char* op, std::string_view name, const at::Tensor& tensor,
+                 c10::SymIntArrayRef expected) {
+  NTKCL_OP_CHECK(tensor.sym_sizes() == expected, op, "expected ", name, " of shape ", expected,
+                 ", got ", tensor.sym_sizes());
+}
+
 void check_dropout_probability(const char* op, double p) {
   NTKCL_OP_CHECK(p >= 0 && p < 1, op, "expected a dropout probability 0 <= p < 1, got ", p);
+}
+
+void check_dropout(const char* op, const std::optional<at::Tensor>& mask,
+                   const std::optional<at::Tensor>& key, double p, std::string_view whose,
+                   c10::SymIntArrayRef shape, at::Device device) {
+  check_dropout_probability(op, p);
+  NTKCL_OP_CHECK(!(mask && key), op, "expected a mask or a key, got both");
+  if (mask) {
+    NTKCL_OP_CHECK_TYPE(mask->scalar_type() == at::kByte || mask->scalar_type() == at::kBool, op,
+                        "expected mask of uint8 or bool, got ", mask->scalar_type());
+    NTKCL_OP_CHECK(mask->sym_sizes() == shape, op, "expected mask of ", whose, " shape ", shape,
+                   ", got ", mask->sym_sizes());
+    NTKCL_OP_CHECK(mask->device() == device, op, "expected mask on ", whose, " device ", device,
+                   ", got ", mask->device());
+  }
+  if (key) {
+    check_key(op, *key);
+    NTKCL_OP_CHECK(key->is_cpu() || key->device() == device, op, "expected key on the CPU or on ",
+                   whose, " device ", device, ", got ", key->device());
+  }
 }
 
 void check_key(const char* op, const at::Tensor& key) {

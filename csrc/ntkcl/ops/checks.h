@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <string_view>
 
 // Errors of operators. They are c10's, since torch's own entry from Python makes ValueError and
@@ -24,8 +25,18 @@ void check_like(const char* op, std::string_view name, const at::Tensor& tensor,
 void check_same_shape(const char* op, std::string_view name, const at::Tensor& tensor,
                       std::string_view other_name, const at::Tensor& other);
 
+// ValueError unless of this shape.
+void check_shape(const char* op, std::string_view name, const at::Tensor& tensor,
+                 c10::SymIntArrayRef expected);
+
 // ValueError unless 0 <= p < 1.
 void check_dropout_probability(const char* op, double p);
+
+// Dropout of something of shape `shape` on `device`, "x's": a mask of that shape, uint8 or bool; or
+// a key, on the CPU or there; not both. TypeError, ValueError.
+void check_dropout(const char* op, const std::optional<at::Tensor>& mask,
+                   const std::optional<at::Tensor>& key, double p, std::string_view whose,
+                   c10::SymIntArrayRef shape, at::Device device);
 
 // A Philox key: one int64. TypeError, ValueError.
 void check_key(const char* op, const at::Tensor& key);

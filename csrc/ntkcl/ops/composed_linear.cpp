@@ -19,11 +19,6 @@ constexpr const char* kOp = "composed_linear";
 
 // ---- Checks ----
 
-void check_shape(std::string_view name, const at::Tensor& tensor, c10::SymIntArrayRef expected) {
-  NTKCL_OP_CHECK(tensor.sym_sizes() == expected, kOp, "expected ", name, " of shape ", expected,
-                 ", got ", tensor.sym_sizes());
-}
-
 void check_scales(std::string_view name, const std::vector<double>& scales, c10::SymInt matrices) {
   NTKCL_OP_CHECK(c10::SymInt(static_cast<int64_t>(scales.size())) == matrices, kOp, "expected ",
                  matrices, " numbers in ", name, ", got ", scales.size());
@@ -37,8 +32,8 @@ void check_modules(const at::Tensor& weight, const LowRankModules& m) {
                  " and ", m.down.sym_sizes());
   const c10::SymInt g = weight.sym_size(0), out = weight.sym_size(1), in = weight.sym_size(2);
   const c10::SymInt rank = m.down.sym_size(2);
-  check_shape("down", m.down, {g, in, rank});
-  check_shape("up", m.up, {g, rank, out});
+  check_shape(kOp, "down", m.down, {g, in, rank});
+  check_shape(kOp, "up", m.up, {g, rank, out});
   check_like(kOp, "up", m.up, "down", m.down);
   check_scales("scale", m.scale, g);
   const bool old = m.old_down.has_value();
@@ -47,9 +42,9 @@ void check_modules(const at::Tensor& weight, const LowRankModules& m) {
   if (old) {
     NTKCL_OP_CHECK(m.omega->dim() == 2, kOp, "expected omega (g, t), got ", m.omega->sym_sizes());
     const c10::SymInt modules = m.omega->sym_size(1);
-    check_shape("omega", *m.omega, {g, modules});
-    check_shape("old_down", *m.old_down, {g, in, modules * rank});
-    check_shape("old_up", *m.old_up, {g, modules * rank, out});
+    check_shape(kOp, "omega", *m.omega, {g, modules});
+    check_shape(kOp, "old_down", *m.old_down, {g, in, modules * rank});
+    check_shape(kOp, "old_up", *m.old_up, {g, modules * rank, out});
     check_like(kOp, "old_down", *m.old_down, "down", m.down);
     NTKCL_OP_CHECK(!m.old_down->requires_grad() && !m.old_up->requires_grad(), kOp,
                    "expected old_down and old_up that require no gradient: old modules are "
@@ -73,7 +68,7 @@ void check_forward(const at::Tensor& x, const at::Tensor& weight, const Optional
   check_modules(weight, m);
   check_input(x, weight);
   if (bias) {
-    check_shape("bias", *bias, {weight.sym_size(0) * weight.sym_size(1)});
+    check_shape(kOp, "bias", *bias, {weight.sym_size(0) * weight.sym_size(1)});
     check_like(kOp, "bias", *bias, "x", x);
   }
   if (probe) {

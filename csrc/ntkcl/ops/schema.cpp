@@ -16,7 +16,7 @@
 //   6. ops/autograd.cpp   The autograd function, in one file for all as its header costs 10 s.
 //                         ops/autocast.cpp: what torch.autocast does to the arguments.
 //   7. ops/cuda_stub.cpp  The name, so that builds without CUDA give a clear error. An operator
-//                         made of torch's own skips 2, 5 and 7 (composed_linear; CUDA attention).
+//                         made of torch's own, and of others of these, skips 2, 5 and 7 (parallel_adapter).
 //   8. python/ntkcl/ops.py, a sample in tests/python/test_ops.py, a case in benchmarks/ops.py.
 //
 // Types: float32, float64, bfloat16 (computed with as float32). Non-contiguous inputs are copied.
@@ -39,9 +39,35 @@ TORCH_LIBRARY(ntkcl, m) {
       " float[] scale, Tensor? old_down, Tensor? old_up, Tensor? omega, float[] omega_scale,"
       " bool[7] wanted, bool entries=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
+  m.def(
+      "dissimilarity(Tensor features, Tensor labels, Tensor old, Tensor old_labels, str kind,"
+      " float temperature) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "dissimilarity_backward(Tensor grad, int batch, Tensor unit, Tensor scale, Tensor pull,"
+      " bool[2] wanted) -> (Tensor, Tensor)");
+  m.def(
+      "feature_fusion(Tensor channel, Tensor patch, Tensor weight, Tensor bias,"
+      " Tensor? head_mask=None, float p=0.0, float value_scale=0.5, float patch_scale=0.1)"
+      " -> Tensor");
+  m.def(
+      "feature_fusion_backward(Tensor grad, Tensor channel, Tensor weight, Tensor? head_mask,"
+      " float p, float value_scale, float patch_scale, bool[4] wanted)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("gelu(Tensor x) -> Tensor");
   m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def(
+      "parallel_adapter(Tensor x, Tensor down_weight, Tensor down_bias, Tensor up_weight,"
+      " Tensor up_bias, float scale=1.0, bool residual=False, Tensor? mask=None, Tensor? key=None,"
+      " float p=0.0) -> (Tensor, Tensor)");
+  m.def(
+      "parallel_adapter_backward(Tensor grad, Tensor x, Tensor inner, Tensor down_weight,"
+      " Tensor up_weight, float scale, bool residual, float p, bool[5] wanted)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("philox_keep_mask(Tensor key, SymInt[] size, float p) -> Tensor");
+  m.def("projection_energy(Tensor x, Tensor basis) -> Tensor");
+  m.def(
+      "projection_energy_backward(Tensor grad, Tensor x, Tensor basis, bool[2] wanted)"
+      " -> (Tensor, Tensor)");
   m.def(
       "residual_layer_norm(Tensor x, Tensor? update, Tensor weight, Tensor bias, float eps,"
       " ScalarType? dtype=None) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -53,4 +79,16 @@ TORCH_LIBRARY(ntkcl, m) {
   m.def(
       "section_cosine_backward(Tensor grad, Tensor x, Tensor prototypes, Tensor weights)"
       " -> (Tensor, Tensor)");
+  m.def("signed_projection(Tensor x, Tensor direction) -> Tensor");
+  m.def(
+      "signed_projection_backward(Tensor grad, Tensor x, Tensor direction, bool[2] wanted)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "token_mix_prompts(Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias,"
+      " int carried=0, float scale=1.0, float eps=1e-06, bool insert=False)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "token_mix_prompts_backward(Tensor grad, Tensor? x_grad, Tensor x, Tensor mixed, Tensor mean,"
+      " Tensor norm_scale, Tensor weight, Tensor norm_weight, int carried, float scale,"
+      " bool insert, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -12,6 +12,8 @@
 #include "ntkcl/methods/ntk_cl/losses.h"
 #include "ntkcl/methods/peft.h"
 #include "ntkcl/nn/cosine_head.h"
+#include "ntkcl/ops/dissimilarity.h"
+#include "ntkcl/ops/projection.h"
 #include "ntkcl/ops/section_cosine.h"
 #include "ntkcl/optim/running_mean.h"
 #include "ntkcl/stats/drift.h"
@@ -328,20 +330,21 @@ at::Tensor NtkCl::dissimilarity_loss(const Features& features, const Batch& batc
   const int64_t count = std::min(task.batch_size, old);
   const at::Tensor drawn = random.choice({"old_prototypes", task.index, step.step}, old, count)
                                .to(batch.labels.device());
-  return dissimilarity(options_.dissimilarity, features.fused, batch.labels,
-                       rows.index_select(0, drawn), drawn, options_.temperature);
+  return ops::dissimilarity(features.fused, batch.labels, rows.index_select(0, drawn), drawn,
+                            options_.dissimilarity, options_.temperature)
+      .loss;
 }
 
 at::Tensor NtkCl::orthogonality_loss(const Features& features) const {
   if (options_.orth == "signed_sum") {
-    return signed_sum(features.channel, constants_.orth) +
-           signed_sum(features.patch, constants_.orth);
+    return ops::signed_projection(features.channel, constants_.orth) +
+           ops::signed_projection(features.patch, constants_.orth);
   }
   const auto current = [&](const at::Tensor& f) {
     return f.narrow(1, f.size(1) - vit_.width(), vit_.width());
   };
-  return projection_energy(current(features.channel), constants_.orth) +
-         projection_energy(current(features.patch), constants_.orth);
+  return ops::projection_energy(current(features.channel), constants_.orth) +
+         ops::projection_energy(current(features.patch), constants_.orth);
 }
 
 at::Tensor NtkCl::regularise() const {
