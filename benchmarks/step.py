@@ -10,6 +10,7 @@ The step is the released method's (mode both, K = 1) in a later task, after the 
     careful    every saving that torch's operators allow, the best global settings
     compiled   careful, with its blocks through torch.compile
     ours       ntkcl
+    lean       ntkcl with recompute = true
     before     ntkcl of another build, --before <its python folder>
 
 Each variant runs in a process of its own, with the same weights and batch. Losses and gradients are
@@ -37,9 +38,18 @@ from step_problem import (
     products_published,
 )
 from step_pytorch import CarefulStep, PlainStep
-from workers import Process, append_result, by_turns, memory, serve, timed, verify
+from workers import (
+    Process,
+    append_result,
+    by_turns,
+    float32_settings,
+    memory,
+    serve,
+    timed,
+    verify,
+)
 
-VARIANTS = ("plain", "careful", "compiled", "ours")
+VARIANTS = ("plain", "careful", "compiled", "ours", "lean")
 # Against plain PyTorch in float32: relative error of a gradient, by its norm.
 GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 # What careful users set: no page faults for large tensors, workers that sleep when they wait.
@@ -50,7 +60,9 @@ CAREFUL_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 
 
 
 class OurStep:
-    def __init__(self, problem: Problem, device: str, precision: str, threads: int) -> None:
+    def __init__(
+        self, problem: Problem, device: str, precision: str, threads: int, recompute: bool
+    ) -> None:
         from ntkcl import _C
 
         self.p, self.verify = problem, False
@@ -72,6 +84,7 @@ class OurStep:
             "device": device,
             "precision": precision,
             "threads": threads,
+            "recompute": recompute,
             "momentum": problem.momentum,
             "weight_decay": problem.weight_decay,
         }
@@ -147,10 +160,11 @@ def worker(arguments: argparse.Namespace) -> None:
         torch.set_float32_matmul_precision("highest")
     elif kind == "plain":
         step = PlainStep(problem, device)
-    elif kind in ("before", "ours"):
-        step = OurStep(problem, device, arguments.precision, arguments.threads)
+    elif kind in ("before", "ours", "lean"):
+        lean = kind == "lean"
+        step = OurStep(problem, device, arguments.precision, arguments.threads, recompute=lean)
     else:
-        torch.set_float32_matmul_precision("medium" if device == "cpu" else "highest")
+        torch.set_float32_matmul_precision(float32_settings(device)[-1])
         dtype = getattr(torch, arguments.precision)
         step = CarefulStep(problem, device, dtype, compiled=kind == "compiled")
     if kind != "floor":
@@ -185,7 +199,7 @@ def floor_seconds(problem: Problem, precision: str, device: str) -> list[float]:
 
 def best_seconds(product: Any, dtype: torch.dtype, device: str) -> float:
     best = float("inf")
-    for setting in ("highest", "medium") if device == "cpu" else ("highest",):
+    for setting in float32_settings(device):
         torch.set_float32_matmul_precision(setting)
         for run in product_steps(product, dtype, device):
             run()
