@@ -1,3 +1,4 @@
+#include <cmath>
 #include <vector>
 
 #include "ntkcl/kernels/small_matmul_cpu.h"
@@ -15,7 +16,8 @@ float number(int64_t i) {
 struct Sizes {
   int64_t m, n, k;
 };
-const Sizes kSizes[] = {{1, 16, 1}, {8, 16, 7}, {5, 48, 64}, {64, 208, 33}, {200, 64, 197}};
+const Sizes kSizes[] = {{1, 16, 1},    {8, 16, 7},     {5, 48, 64},
+                        {64, 208, 33}, {200, 64, 197}, {24, 112, 96}};
 
 template <class C>
 struct Matrices {
@@ -81,37 +83,54 @@ TEMPLATE_TEST_CASE("small products are exact at every vector width", "[kernels]"
   }
 }
 
+// a in pairs along k, side by side or, transposed, row beside row, and b in pairs row over row; zero
+// where k is odd. Behind them lies what no product may see.
+struct Pairs {
+  int64_t count, row, column;
+  std::vector<BFloat16Pair> a, b;
+
+  Pairs(const Matrices<float>& m, bool transposed)
+      : count((m.size.k + 1) / 2),
+        row(transposed ? 1 : count),
+        column(transposed ? in_tiles(m.size.m, kTileRows) : 1) {
+    const int64_t rows = in_tiles(m.size.m, kTileRows), n = m.size.n, k = m.size.k;
+    const BFloat16Pair nan{store<BFloat16>(NAN), store<BFloat16>(NAN)};
+    a.assign(static_cast<size_t>(rows * count + 16), nan);
+    b.assign(static_cast<size_t>(count * n + 16 * n), nan);
+    const auto at = [](const std::vector<float>& x, int64_t i, bool there) {
+      return store<BFloat16>(there ? x[static_cast<size_t>(i)] : 0.0F);
+    };
+    for (int64_t j = 0; j < count; ++j) {
+      const bool second = 2 * j + 1 < k;
+      for (int64_t i = 0; i < rows; ++i) {
+        a[static_cast<size_t>(i * row + j * column)] = {at(m.a, i * k + 2 * j, true),
+                                                        at(m.a, i * k + 2 * j + 1, second)};
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        b[static_cast<size_t>(j * n + i)] = {at(m.b, 2 * j * n + i, true),
+                                             at(m.b, (2 * j + 1) * n + i, second)};
+      }
+    }
+  }
+};
+
 TEST_CASE("products of bfloat16 pairs are exact", "[kernels]") {
   if (!has_bfloat16_products()) {
     WARN("this processor has no bfloat16 products");
     return;
   }
-  for (const Sizes size : kSizes) {
-    for (const bool add : {false, true}) {
-      CAPTURE(size.m, size.n, size.k, add);
-      Matrices<float> matrices(size, false, add);
-      // Pairs along k: of a side by side, of b row over row, zero where k is odd.
-      const int64_t pairs = (size.k + 1) / 2, rows = in_tiles(size.m, kTileRows);
-      std::vector<BFloat16Pair> a(static_cast<size_t>(rows * pairs)),
-          b(static_cast<size_t>(pairs * size.n));
-      const auto at = [](const std::vector<float>& x, int64_t i, bool there) {
-        return store<BFloat16>(there ? x[static_cast<size_t>(i)] : 0.0F);
-      };
-      for (int64_t j = 0; j < pairs; ++j) {
-        const bool second = 2 * j + 1 < size.k;
-        for (int64_t i = 0; i < rows; ++i) {
-          a[static_cast<size_t>(i * pairs + j)] = {at(matrices.a, i * size.k + 2 * j, true),
-                                                   at(matrices.a, i * size.k + 2 * j + 1, second)};
-        }
-        for (int64_t i = 0; i < size.n; ++i) {
-          b[static_cast<size_t>(j * size.n + i)] = {
-              at(matrices.b, 2 * j * size.n + i, true),
-              at(matrices.b, (2 * j + 1) * size.n + i, second)};
+  for (const auto& version : small_matmul_versions<BFloat16Pair>()) {
+    for (const Sizes size : kSizes) {
+      for (const bool transposed : {false, true}) {
+        for (const bool add : {false, true}) {
+          CAPTURE(version.name, size.m, size.n, size.k, transposed, add);
+          Matrices<float> matrices(size, false, add);
+          const Pairs pairs(matrices, transposed);
+          version.function({pairs.a.data(), pairs.row, pairs.column, pairs.b.data(), size.n,
+                            matrices.c.data(), size.n, size.m, size.n, pairs.count, add});
+          matrices.check();
         }
       }
-      small_matmul_cpu<BFloat16Pair>({a.data(), pairs, 1, b.data(), size.n, matrices.c.data(),
-                                      size.n, size.m, size.n, pairs, add});
-      matrices.check();
     }
   }
 }

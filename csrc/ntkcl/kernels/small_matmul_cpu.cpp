@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "ntkcl/kernels/multiversion.h"
+#include "ntkcl/kernels/small_matmul_amx.h"
 
 #ifdef NTKCL_X86_VERSIONS
 #include <immintrin.h>
@@ -163,13 +164,17 @@ void small_matmul_cpu(const SmallMatmul<C>& args) {
 
 template std::vector<SmallMatmulVersion<float>> small_matmul_versions();
 template std::vector<SmallMatmulVersion<double>> small_matmul_versions();
-template void small_matmul_cpu(const SmallMatmul<float>&);
-template void small_matmul_cpu(const SmallMatmul<double>&);
-
 #ifdef NTKCL_X86_VERSIONS
 template <>
-void small_matmul_cpu(const SmallMatmul<BFloat16Pair>& args) {
-  compute_pairs(args);
+std::vector<SmallMatmulVersion<BFloat16Pair>> small_matmul_versions() {
+  std::vector<SmallMatmulVersion<BFloat16Pair>> versions;
+  if (has_amx()) {
+    versions.push_back({"amx", small_matmul_amx});
+  }
+  if (has_bfloat16_products()) {
+    versions.push_back({"avx512bf16", compute_pairs});
+  }
+  return versions;
 }
 
 bool has_bfloat16_products() {
@@ -177,11 +182,17 @@ bool has_bfloat16_products() {
 }
 #else
 template <>
-void small_matmul_cpu(const SmallMatmul<BFloat16Pair>&) {}  // has_bfloat16_products() says no
+std::vector<SmallMatmulVersion<BFloat16Pair>> small_matmul_versions() {
+  return {};
+}
 
 bool has_bfloat16_products() {
   return false;
 }
 #endif
+
+template void small_matmul_cpu(const SmallMatmul<float>&);
+template void small_matmul_cpu(const SmallMatmul<double>&);
+template void small_matmul_cpu(const SmallMatmul<BFloat16Pair>&);
 
 }  // namespace ntkcl::kernels

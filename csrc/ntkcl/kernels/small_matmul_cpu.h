@@ -58,7 +58,8 @@ void small_matmul_cpu(const SmallMatmul<E>& args);
 // Whether this processor has products of bfloat16 pairs.
 bool has_bfloat16_products();
 
-// What small_matmul_cpu may be on this machine, by vector width, the best first: for tests.
+// What small_matmul_cpu may be on this machine, the best first: for tests. Of pairs there may be
+// none.
 template <class C>
 struct SmallMatmulVersion {
   const char* name = nullptr;
