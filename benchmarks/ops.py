@@ -26,10 +26,15 @@ from ntkcl.ops import (
     attention,
     bias_relu_dropout,
     composed_linear,
+    dissimilarity,
+    feature_fusion,
     gelu,
+    parallel_adapter,
     philox_keep_mask,
+    projection_energy,
     residual_layer_norm,
     section_cosine,
+    token_mix_prompts,
 )
 
 Step = Callable[[], list[torch.Tensor]]
@@ -257,6 +262,146 @@ def composed_case(
     )
 
 
+def case_of(
+    name: str,
+    sizes: dict[str, int],
+    leaves: list[torch.Tensor],
+    ours: Callable[..., torch.Tensor],
+    theirs: Callable[..., torch.Tensor],
+    backward: bool,
+    least_bytes: int,
+) -> Case:
+    """Two functions of the same leaves, all of which want a gradient with `backward`."""
+    for leaf in leaves:
+        leaf.requires_grad_(backward)
+    grad = torch.randn_like(ours(*leaves).detach())
+
+    def run(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [t if t.dtype == dtype else t.detach().to(dtype) for t in leaves]
+        inputs = [t.requires_grad_(backward) for t in inputs]
+        result = function(*inputs)
+        return gradients(result, grad.to(dtype), *inputs) if backward else [result]
+
+    def verify() -> None:
+        # Where bfloat16 rounds a hidden unit to the other side of 0, both are off, differently.
+        results = run(ours, grad.dtype), run(theirs, grad.dtype), run(theirs, torch.float64)
+        for a, b, exact in zip(*results, strict=True):
+            off, theirs_off = ((t.double() - exact).norm() / exact.norm() for t in (a, b))
+            assert off < 2 * theirs_off + 1e-6, f"{name} is off by {off:.1e}, not {theirs_off:.1e}"
+
+    return Case(
+        name + (" + backward" if backward else ""),
+        sizes,
+        lambda: run(ours, grad.dtype),
+        lambda: run(theirs, grad.dtype),
+        verify,
+        least_bytes,
+    )
+
+
+def adapter_case(rows: int, width: int, dtype: torch.dtype, device: str, backward: bool) -> Case:
+    """An adapter of rank 16 in its residual stream."""
+    rank, scale = 16, 0.1
+    shapes = [(rows, width), (rank, width), (rank,), (width, rank), (width,)]
+    leaves = [torch.randn(s, dtype=dtype, device=device) / width**0.5 for s in shapes]
+    return case_of(
+        "parallel_adapter",
+        {"rows": rows, "width": width},
+        leaves,
+        lambda x, *w: parallel_adapter(x, *w, scale=scale, residual=True),
+        lambda x, d, db, u, ub: x + scale * F.linear(F.relu(F.linear(x, d, db)), u, ub),
+        backward,
+        leaves[0].element_size() * rows * width * (6 if backward else 2),
+    )
+
+
+def prompts_case(width: int, dtype: torch.dtype, device: str, backward: bool) -> Case:
+    """Ten prompts of a batch of 16, in the place of those from the block before."""
+    batch, tokens, prompts, scale = 16, 197, 10, 0.1
+    shapes = [(batch, tokens + prompts, width), (prompts, tokens), (width,), (width,)]
+    leaves = [torch.randn(s, dtype=dtype, device=device) for s in shapes]
+
+    def theirs(x, weight, norm_weight, norm_bias):
+        first, carried, rest = x.split([1, prompts, tokens - 1], 1)
+        mixed = weight @ torch.cat([first, rest], 1)
+        new = F.layer_norm(mixed, (width,), norm_weight, norm_bias, 1e-6) + scale * carried
+        return torch.cat([first, new, rest], 1)
+
+    return case_of(
+        "token_mix_prompts",
+        {"batch": batch, "tokens": tokens, "prompts": prompts, "width": width},
+        leaves,
+        lambda *a: token_mix_prompts(*a, carried=prompts, scale=scale),
+        theirs,
+        backward,
+        leaves[0].element_size() * leaves[0].numel() * (5 if backward else 2),
+    )
+
+
+def fusion_case(batch: int, width: int, dtype: torch.dtype, device: str, backward: bool) -> Case:
+    shapes = [(batch, width), (batch, width), (width, width), (width,)]
+    leaves = [torch.randn(s, dtype=dtype, device=device) / width**0.25 for s in shapes]
+    mask = (torch.arange(batch * 8, device=device) % 9 > 0).view(batch, 8)
+
+    def theirs(channel, patch, weight, bias):
+        value = F.linear(channel, weight, bias).unflatten(1, (8, -1))
+        value = (value * (mask.to(value.dtype) / 0.9).unsqueeze(2)).flatten(1)
+        return 0.5 * value + channel + 0.1 * patch
+
+    return case_of(
+        "feature_fusion",
+        {"batch": batch, "width": width},
+        leaves,
+        lambda *a: feature_fusion(*a, head_mask=mask, p=0.1),
+        theirs,
+        backward,
+        leaves[0].element_size() * width * (width + 3 * batch) * (3 if backward else 1),
+    )
+
+
+def dissimilarity_case(batch: int, width: int, device: str, backward: bool) -> Case:
+    """As released, a batch and as many old rows."""
+    rows = torch.randn(2 * batch, width, device=device)
+    labels, old_labels = torch.arange(batch, device=device) // 2, torch.arange(batch, device=device)
+    old = rows[batch:].clone()
+
+    def theirs(x):
+        z = F.normalize(torch.cat([x, old]))
+        y = torch.cat([labels, old_labels + 1000])
+        s, others = z @ z.t() / 0.1, ~torch.eye(len(y), dtype=torch.bool, device=device)
+        positive = (y[:, None] == y[None]) & others
+        rest = s.masked_fill(~others, float("-inf")).logsumexp(1).mean()
+        return s[positive].logsumexp(0) - rest
+
+    def ours(x):
+        return dissimilarity(x, labels, old, old_labels + 1000, kind="release")
+
+    return case_of(
+        "dissimilarity",
+        {"batch": batch, "old": batch, "width": width},
+        [rows[:batch].clone()],
+        ours,
+        theirs,
+        backward,
+        4 * rows.numel() * (2 if backward else 1),
+    )
+
+
+def energy_case(batch: int, width: int, device: str, backward: bool) -> Case:
+    """A batch beside 40 old directions, which are a constant."""
+    basis = torch.linalg.qr(torch.randn(width, 40)).Q.to(device)
+    x = torch.randn(batch, width, device=device)
+    return case_of(
+        "projection_energy",
+        {"batch": batch, "width": width, "directions": 40},
+        [x],
+        lambda x: projection_energy(x, basis),
+        lambda x: (F.normalize(x) @ basis.to(x.dtype)).square().sum(1).mean(),
+        backward,
+        4 * (basis.numel() + x.numel()) * (2 if backward else 1),
+    )
+
+
 def sam_case(kind: str, width: int, branches: int, device: str) -> Case:
     """A step of SAM or SAM+ on adapters of 12 blocks, beside the loops over modules of the
     published way; gradients are given, so that the optimiser alone is timed."""
@@ -346,8 +491,8 @@ def measure(case: Case, rounds: int, device: str) -> tuple[float, float]:
 def cases(device: str):
     # Attention in ViT-Ti and ViT-B at batch 16; the adapter's middle in ViT-B at batch 16 (3152 x
     # 16), a whole MLP's activation, and a large matrix for the GPU; the inside of an MLP and its
-    # LayerNorm in both; scores of a training batch and
-    # of an evaluation batch; q, k and v of ViT-Ti and ViT-B in the second and the tenth task.
+    # LayerNorm in both; scores of a training batch and of an evaluation batch; q, k and v of ViT-Ti
+    # and ViT-B in the second and the tenth task; NTK-CL's adapters, prompts and fusion of both.
     heights = [(3152, 16), (3152, 3072)] + ([(197 * 256, 3072)] if device == "cuda" else [])
     for dtype in (torch.float32, torch.bfloat16):
         for heads in (3, 12):
@@ -367,6 +512,16 @@ def cases(device: str):
         for width, modules in ((192, 1), (192, 9), (768, 1), (768, 9)):
             for backward in (False, True):
                 yield dtype, composed_case(3152, width, modules, dtype, device, backward)
+        for width in (192, 768):
+            for backward in (False, True):
+                yield dtype, adapter_case(3152, width, dtype, device, backward)
+                yield dtype, prompts_case(width, dtype, device, backward)
+                yield dtype, fusion_case(16, 2 * width, dtype, device, backward)
+    # What is computed of whole images' features is float32's.
+    for width in (384, 1536):
+        for backward in (False, True):
+            yield torch.float32, dissimilarity_case(16, width, device, backward)
+            yield torch.float32, energy_case(16, width, device, backward)
     # RAA's two branches on ViT-Ti and ViT-B.
     for width in (192, 768):
         for kind in ("sam", "sam+"):

@@ -20,7 +20,7 @@ from ntkcl.ops import (
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 # Against a float64 reference of the same inputs, relative to the largest value (0.5 where it is
 # smaller: there sums cancel).
-TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 8e-2}
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 3e-2}
 P = 0.3
 
 
@@ -199,7 +199,7 @@ def test_equals_its_definition(case, dtype):
     assert result.dtype == dtype
     assert result.shape == expected.shape
     assert result.is_contiguous()
-    # In bfloat16 hidden units near 0 are on the other side of it, and the loss has another slope.
+    # In bfloat16 the slope of the loss at a rounded result differs, too.
     for actual, reference in zip([result, *grads], [expected, *expected_grads], strict=True):
         if reference is None:
             reference = torch.zeros_like(actual, dtype=torch.float64)

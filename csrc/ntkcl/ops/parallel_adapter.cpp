@@ -106,8 +106,13 @@ TwoTensors forward(const at::Tensor& x, const at::Tensor& down_weight, const at:
   auto sizes = x.sizes().vec();
   sizes.back() = down_weight.size(-2);
   const at::Tensor x_rows = rows(x, grouped);
+  // A product in bfloat16 is rounded: its bias belongs inside, or units near 0 change sides.
+  const bool inside = x.scalar_type() == at::kBFloat16;
+  const at::Tensor down = transposed(down_weight);
+  const at::Tensor hidden =
+      inside ? plus_product(down_bias.unsqueeze(-2), x_rows, down) : at::matmul(x_rows, down);
   const at::Tensor inner = bias_relu_dropout(
-      at::matmul(x_rows, transposed(down_weight)).view(sizes), down_bias, mask, key, p);
+      hidden.view(sizes), inside ? at::zeros_like(down_bias) : down_bias, mask, key, p);
   const at::Tensor inner_rows = rows(inner, grouped), up = transposed(up_weight * scale);
   const at::Tensor bias = up_bias.unsqueeze(-2);  // ([g], 1, D)
   at::Tensor out;
