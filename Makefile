@@ -70,7 +70,7 @@ $(INSTALLED): $(STAMPS)/torch pyproject.toml
 	@rm -f $(STAMPS)/installed*
 	$(PY) -m pip install -q "pip>=23.1" "cmake>=3.25" "ninja>=1.10" \
 	  "scikit-build-core>=0.11"
-	@echo "Compiling and installing ntkcl: a few minutes on two cores."
+	@echo "Compiling and installing ntkcl: about ten minutes on two cores."
 	$(PY) -m pip install -q --no-build-isolation -Cbuild-dir=$(BUILD) \
 	  -Ccmake.define.NTKCL_BUILD_TESTS=ON -Ccmake.define.NTKCL_WERROR=$(WERROR) \
 	  -Ccmake.define.NTKCL_PCH=$(NTKCL_PCH) -e ".[dev,docs]"
