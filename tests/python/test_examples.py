@@ -83,6 +83,14 @@ def test_a_zip_of_images_under_a_preset_with_other_weights(tmp_path: Path, folde
         assert f"\n{line}\n" in config
 
 
+def test_adapters_in_any_model(tmp_path: Path) -> None:
+    lines = start(tmp_path, "adapter_in_any_model.py").splitlines()
+    assert re.fullmatch(r"4,516 of [\d,]+ parameters are trained", lines[0])
+    losses = [float(line.split()[-1]) for line in lines[1:]]
+    assert len(losses) == 4
+    assert losses[-1] < 0.1 < losses[0]
+
+
 def test_compare_methods(tmp_path: Path) -> None:
     # Protects: one row a method, a spread over seeds, the same tasks for all.
     settings = ("epochs=1", "train_per_class=4", "test_per_class=3", "progress=false")
