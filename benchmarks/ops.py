@@ -34,6 +34,7 @@ from ntkcl.ops import (
     projection_energy,
     residual_layer_norm,
     section_cosine,
+    signed_projection,
     token_mix_prompts,
 )
 
@@ -387,6 +388,19 @@ def dissimilarity_case(batch: int, width: int, device: str, backward: bool) -> C
     )
 
 
+def signed_case(batch: int, width: int, device: str, backward: bool) -> Case:
+    direction, x = torch.randn(width, device=device), torch.randn(batch, width, device=device)
+    return case_of(
+        "signed_projection",
+        {"batch": batch, "width": width},
+        [x],
+        lambda x: signed_projection(x, direction),
+        lambda x: (F.normalize(x) * direction.to(x.dtype)).sum(),
+        backward,
+        4 * (width + x.numel()) * (2 if backward else 1),
+    )
+
+
 def energy_case(batch: int, width: int, device: str, backward: bool) -> Case:
     """A batch beside 40 old directions, which are a constant."""
     basis = torch.linalg.qr(torch.randn(width, 40)).Q.to(device)
@@ -522,6 +536,7 @@ def cases(device: str):
         for backward in (False, True):
             yield torch.float32, dissimilarity_case(16, width, device, backward)
             yield torch.float32, energy_case(16, width, device, backward)
+            yield torch.float32, signed_case(16, width, device, backward)
     # RAA's two branches on ViT-Ti and ViT-B.
     for width in (192, 768):
         for kind in ("sam", "sam+"):

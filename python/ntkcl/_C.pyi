@@ -43,7 +43,6 @@ __all__: list[str] = [
     "cosines",
     "decode_image",
     "describe_options",
-    "dissimilarity",
     "forgetting",
     "freeze_important",
     "fuse",
@@ -64,7 +63,6 @@ __all__: list[str] = [
     "old_basis",
     "patch_pass",
     "plain_pass",
-    "projection_energy",
     "resample",
     "running_mean_",
     "sam_plus_gamma",
@@ -72,7 +70,6 @@ __all__: list[str] = [
     "section_drift",
     "shares_of",
     "signed_direction",
-    "signed_sum",
     "split_classes",
     "stream_adapters",
     "stream_block",
@@ -689,14 +686,6 @@ def describe_options() -> dict:
     Every option: key, type, default, allowed, doc.
     """
 
-def dissimilarity(
-    kind: str,
-    fused: torch.Tensor,
-    labels: torch.Tensor,
-    old: torch.Tensor,
-    old_labels: torch.Tensor,
-    temperature: typing.SupportsFloat | typing.SupportsIndex,
-) -> torch.Tensor: ...
 def forgetting(accuracy_matrix: torch.Tensor) -> float:
     """
     Mean over tasks k < T - 1 of max_{i < T - 1} a[i][k] - a[T-1][k]; 0 for T = 1.
@@ -836,7 +825,6 @@ def patch_pass(
     trace: bool = False,
 ) -> dict: ...
 def plain_pass(vit: VisionTransformer, images: torch.Tensor, trace: bool = False) -> dict: ...
-def projection_energy(section: torch.Tensor, basis: torch.Tensor) -> torch.Tensor: ...
 def resample(
     array: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
     height: typing.SupportsInt | typing.SupportsIndex,
@@ -892,7 +880,6 @@ def section_drift(
 
 def shares_of(uniform: torch.Tensor, kind: str = "uniform_norm") -> torch.Tensor: ...
 def signed_direction(basis: torch.Tensor) -> torch.Tensor: ...
-def signed_sum(features: torch.Tensor, direction: torch.Tensor) -> torch.Tensor: ...
 def split_classes(
     n_classes: typing.SupportsInt | typing.SupportsIndex,
     initial: typing.SupportsInt | typing.SupportsIndex,

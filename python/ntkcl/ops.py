@@ -290,7 +290,7 @@ def parallel_adapter(
     """An adapter beside a frozen layer, or g of them side by side in one call.
 
     ``[x +] scale * (drop(relu(x down_weight^T + down_bias)) up_weight^T + up_bias)``. Keeps x and
-    the r hidden units for the backward pass; scale and residual cost no pass over memory.
+    the r hidden units for the backward pass; scale and residual are folded into the products.
 
     Args:
         x: (..., C), float32, float64 or bfloat16; or (g, ..., C) for g adapters.

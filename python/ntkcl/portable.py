@@ -92,6 +92,71 @@ def _composed_linear(
     return F.linear(x, weight.flatten(0, 1), bias)
 
 
+def _feature_fusion(
+    channel: Tensor,
+    patch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head_mask: Tensor | None = None,
+    p: float = 0.0,
+    value_scale: float = 0.5,
+    patch_scale: float = 0.1,
+) -> Tensor:
+    if head_mask is not None:
+        raise ValueError("[portable] expected no dropout in a program that scores")
+    return value_scale * F.linear(channel, weight, bias) + channel + patch_scale * patch
+
+
+def _parallel_adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    scale: float = 1.0,
+    residual: bool = False,
+    mask: Tensor | None = None,
+    key: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    if mask is not None or key is not None:
+        raise ValueError("[portable] expected no dropout in a program that scores")
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if weight.dim() == 2:
+            return F.linear(x, weight, bias)
+        # One for each of several adapters side by side.
+        product = torch.bmm(x.flatten(1, -2), weight.transpose(1, 2)) + bias.unsqueeze(1)
+        return product.reshape(*x.shape[:-1], weight.shape[1])
+
+    inner = linear(x, down_weight, down_bias).relu()
+    out = scale * linear(inner, up_weight, up_bias)
+    return (x + out if residual else out), inner
+
+
+def _token_mix_prompts(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    carried: int = 0,
+    scale: float = 1.0,
+    eps: float = 1e-6,
+    insert: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    own = _others(x, 1, carried) if carried else x
+    mixed = weight @ own
+    prompts, mean, norm_scale = torch.native_layer_norm(
+        mixed, [x.shape[-1]], norm_weight, norm_bias, eps
+    )
+    if carried:
+        prompts = prompts + scale * x.narrow(1, 1, carried)
+    if insert:
+        rest = own.narrow(1, 1, own.shape[1] - 1)
+        prompts = torch.cat([x.narrow(1, 0, 1), prompts, rest], 1)
+    return prompts, mixed, mean.squeeze(-1), norm_scale.squeeze(-1)
+
+
 def _section_cosine(x: Tensor, prototypes: Tensor, weights: Tensor) -> Tensor:
     sections = weights.shape[0]
     unit, others = (
@@ -105,7 +170,10 @@ _TABLE = {
     _OPS.attention.default: _attention,
     _OPS.bias_relu_dropout.default: _bias_relu_dropout,
     _OPS.composed_linear.default: _composed_linear,
+    _OPS.feature_fusion.default: _feature_fusion,
     _OPS.gelu.default: F.gelu,
+    _OPS.parallel_adapter.default: _parallel_adapter,
     _OPS.residual_layer_norm.default: _residual_layer_norm,
     _OPS.section_cosine.default: _section_cosine,
+    _OPS.token_mix_prompts.default: _token_mix_prompts,
 }

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from ntkcl.ops import (
@@ -38,7 +39,8 @@ def tensors(dtype, *shapes):
 
 def reference_adapter(x, down, down_bias, up, up_bias, *, scale, residual, p=0.0, mask=None):
     if down.dim() == 3:
-        parts = zip(x, down, down_bias, up, up_bias, mask or [None] * len(x), strict=True)
+        masks = [None] * len(x) if mask is None else mask
+        parts = zip(x, down, down_bias, up, up_bias, masks, strict=True)
         return torch.stack(
             [
                 reference_adapter(*part[:5], scale=scale, residual=residual, p=p, mask=part[5])
@@ -156,6 +158,10 @@ CASES = {
     "adapters of residuals": lambda d: adapter_case(
         d, (2, 9, 12), 4, 12, grouped=True, residual=True
     ),
+    "adapters, dropout": lambda d: adapter_case(
+        d, (3, 2, 9, 12), 4, 12, grouped=True, dropped=True, residual=True
+    ),
+    "adapter without units": lambda d: adapter_case(d, (2, 7, 12), 0, 12, residual=True),
     "prompts": lambda d: prompts_case(d, 2, 6, 8, 3, 0, insert=False),
     "prompts inserted": lambda d: prompts_case(d, 2, 6, 8, 3, 0, insert=True),
     "prompts carried": lambda d: prompts_case(d, 3, 6, 8, 3, 3, insert=False),
@@ -226,11 +232,23 @@ def test_each_gradient_alone_is_the_same(case):
 
 
 @cases
-def test_non_contiguous_arguments(case):
+@pytest.mark.parametrize("kind", ["strided", "transposed"])
+def test_non_contiguous_arguments(case, kind):
     leaves, ours, _ = case(torch.float64)
-    strided = [torch.stack([t, t], dim=-1)[..., 0] for t in leaves]
-    for a, b in zip(with_gradients(ours, leaves)[1], with_gradients(ours, strided)[1], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    if kind == "strided":
+        others = [torch.stack([t, t], dim=-1)[..., 0] for t in leaves]
+    else:
+        others = [
+            t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() else t for t in leaves
+        ]
+    result = ours(*leaves)
+    # Not through with_gradients, whose clones are dense.
+    again = ours(*[t.requires_grad_() for t in others])
+    assert again.is_contiguous()
+    torch.testing.assert_close(result, again, rtol=1e-12, atol=1e-14)
+    (again + 0.5 * again.square()).sum().backward()
+    for a, b in zip(with_gradients(ours, leaves)[1], others, strict=True):
+        torch.testing.assert_close(a, b.grad, rtol=1e-12, atol=1e-14)
 
 
 @cases
@@ -243,6 +261,22 @@ def test_in_one_compiled_graph(case):
     torch.testing.assert_close(result, again)
     for a, b in zip(grads, again_grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_one_compiled_graph_for_all_batch_sizes():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(x, labels):
+        return dissimilarity(x, labels, x.detach(), labels, kind="release")
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (3, 5, 8, 9):
+        x, labels = random(batch, 6).requires_grad_(), torch.arange(batch) // 2
+        (ours,) = torch.autograd.grad(compiled(x, labels), x)
+        (eager,) = torch.autograd.grad(loss(x, labels), x)
+        torch.testing.assert_close(ours, eager)
+    assert counter.frame_count == 1
 
 
 # --- what is particular to one ------------------------------------------------------------------
@@ -297,7 +331,7 @@ def test_a_batch_without_pairs_pulls_nothing():
             assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
 
-def test_zero_rows_have_finite_gradients():
+def test_zero_rows_have_the_gradients_of_a_division_by_1e_12():
     # The first task's kept rows are zeros in the released method.
     features = random(4, 6).requires_grad_()
     old = torch.zeros(3, 6, dtype=torch.float64, requires_grad=True)
@@ -306,11 +340,28 @@ def test_zero_rows_have_finite_gradients():
         loss = dissimilarity(features, labels, old, torch.arange(3), kind=kind, temperature=0.1)
         reference = reference_dissimilarity(features, old, labels, torch.arange(3), kind, 0.1)
         torch.testing.assert_close(loss, reference)
-        ours, theirs = (torch.autograd.grad(v, features)[0] for v in (loss, reference))
-        torch.testing.assert_close(ours, theirs)
+        ours, theirs = (torch.autograd.grad(v, (features, old)) for v in (loss, reference))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
 
 
-def test_a_loss_in_no_row_is_not_a_number_silently():
+def test_a_short_row_is_divided_by_1e_12_in_every_type():
+    direction = torch.tensor([1.0, 2.0, 3.0])
+    for dtype in DTYPES:
+        x = torch.tensor([[0.5e-12, 0.5e-12, 0.0]], dtype=dtype, requires_grad=True)
+        signed_projection(x, direction.to(dtype)).backward()
+        torch.testing.assert_close(x.grad, direction[None].to(dtype) * 1e12, rtol=8e-3, atol=0)
+
+
+def test_no_rows_have_no_energy():
+    x = torch.zeros(0, 4, requires_grad=True)
+    energy = projection_energy(x, torch.eye(4)[:, :2])
+    energy.backward()
+    assert energy.item() == 0
+    assert x.grad.shape == (0, 4)
+
+
+def test_not_a_number_goes_through_losses():
     x = random(3, 4)
     x[1, 2] = math.nan
     basis = torch.linalg.qr(random(4, 2, seed=1)).Q
@@ -366,6 +417,8 @@ def test_errors():
         ValueError, match=where + r"x \(g, \.\.\., C\) for down_weight \[3, 4, 12\]"
     ):
         parallel_adapter(x, down.expand(3, 4, 12), down_bias, up, up_bias)
+    with pytest.raises(ValueError, match=where + r"up_weight \(D, r\) for down_weight \[4, 12\]"):
+        parallel_adapter(x, down, down_bias, up_bias, up_bias)
     with pytest.raises(ValueError, match=where + r"up_weight of shape \[8, 4\], got \[8, 3\]"):
         parallel_adapter(x, down, down_bias, up[:8, :3], up_bias)
     with pytest.raises(ValueError, match=where + "up_weight with 12 outputs, as x is added"):
@@ -394,6 +447,8 @@ def test_errors():
         feature_fusion(features, features, down, norm)
     with pytest.raises(ValueError, match=where + r"head_mask \(2, H\) with H a divisor of 12"):
         feature_fusion(features, features, square, norm, head_mask=torch.ones(2, 5).byte())
+    with pytest.raises(ValueError, match=where + "a dropout probability 0 <= p < 1, got 5"):
+        feature_fusion(features, features, square, norm, p=5.0)
     with pytest.raises(TypeError, match=where + "head_mask of uint8 or bool, got Float"):
         feature_fusion(features, features, square, norm, head_mask=torch.ones(2, 4))
 

@@ -1041,6 +1041,8 @@ def ntk_samples(make, key, mask):
         x = make(2, 7, 8)
         yield ops.parallel_adapter.default, (x, *weights, 0.5, True, None, key, P)
         yield ops.parallel_adapter.default, (x, *weights, 0.5, False, mask, None, P)
+        turned = make(7, 2, 8).detach().transpose(0, 1)
+        yield ops.parallel_adapter.default, (turned, *weights, 0.5, True, None, None, 0.0)
         down, up = weights[0].detach(), weights[2].detach()
         grad, inner = make(2, 7, 8).detach(), make(2, 7, 16).detach()
         yield (
@@ -1068,12 +1070,16 @@ def ntk_samples(make, key, mask):
     for kind in ("release", "infonce"):
         yield ops.dissimilarity.default, (x4, labels, square, labels.repeat(2), kind, 0.5)
         kept = [t.detach() for t in ops.dissimilarity(x4, labels, x4, labels, kind, 0.5)]
-        yield ops.dissimilarity_backward.default, (kept[0], 4, *kept[1:], [True, False])
+        yield ops.dissimilarity_backward.default, tuple(kept)
     scalar = make().detach()
     yield ops.projection_energy.default, (x4, make(8, 3))
     yield ops.projection_energy_backward.default, (scalar, x4.detach(), square.detach(), [True] * 2)
     yield ops.signed_projection.default, (x4, row)
-    yield ops.signed_projection_backward.default, (scalar, x4.detach(), row.detach(), [True, False])
+    turned, wanted = make(8, 4).detach().t(), [True, False]
+    for rows in (x4.detach(), turned):
+        yield ops.signed_projection_backward.default, (scalar, rows, row.detach(), wanted)
+    fused = (turned, x4.detach(), square.detach(), None, 0.0, 0.5, 0.1, [True] * 4)
+    yield ops.feature_fusion_backward.default, fused
 
 
 def operator_samples(device="cpu"):

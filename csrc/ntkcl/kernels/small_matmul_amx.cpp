@@ -1,7 +1,6 @@
 #include "ntkcl/kernels/small_matmul_amx.h"
 
-#include <algorithm>
-
+#include "ntkcl/core/error.h"
 #include "ntkcl/kernels/multiversion.h"
 
 #if defined(NTKCL_X86_VERSIONS) && defined(__linux__)
@@ -39,8 +38,9 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
-// The compiler does not know what tile instructions read: all that was written is in memory now.
-NTKCL_X86_AMX void written(const void* memory) {
+// The compiler does not know what tile instructions read: what was written before is in memory now,
+// and what is written after is not yet.
+NTKCL_X86_AMX void fence(const void* memory) {
   __asm__ volatile("" : : "r"(memory) : "memory");
 }
 
@@ -59,8 +59,9 @@ NTKCL_X86_AMX void set_shapes(int64_t rows, int64_t k_end) {
     set(NTKCL_A_END, rows, k_end);
     set(NTKCL_B_END, k_end, kTile);
   }
-  written(&shapes);
+  fence(&shapes);
   _tile_loadconfig(&shapes);
+  fence(&shapes);
 }
 
 constexpr __mmask16 kAll =
@@ -117,7 +118,7 @@ NTKCL_X86_AMX TileOfA tile_of_a(const SmallMatmul<BFloat16Pair>& args, int64_t r
     return {a, args.a_row * kBytes};
   }
   transpose(a, args.a_column, count, static_cast<__mmask16>((1U << rows) - 1), aside);
-  written(aside);
+  fence(aside);
   return {aside, kTile * kBytes};
 }
 
@@ -152,6 +153,7 @@ NTKCL_X86_AMX void compute_tiles(const SmallMatmul<BFloat16Pair>& args, int64_t 
     const TileOfA a = tile_of_a(args, row, rows, k, kTile, aside);
     const BFloat16Pair* b = args.b + k * args.b_row + column;
     _tile_loadd(NTKCL_A, a.first, a.stride);
+    fence(a.first);
 #define NTKCL_MULTIPLY(t)                        \
   _tile_loadd(NTKCL_B, b + t * kTile, b_stride); \
   _tile_dpbf16ps(t, NTKCL_A, NTKCL_B)
@@ -161,6 +163,7 @@ NTKCL_X86_AMX void compute_tiles(const SmallMatmul<BFloat16Pair>& args, int64_t 
     const TileOfA a = tile_of_a(args, row, rows, k, args.k - k, aside);
     const BFloat16Pair* b = args.b + k * args.b_row + column;
     _tile_loadd(NTKCL_A_END, a.first, a.stride);
+    fence(a.first);
 #define NTKCL_MULTIPLY_END(t)                        \
   _tile_loadd(NTKCL_B_END, b + t * kTile, b_stride); \
   _tile_dpbf16ps(t, NTKCL_A_END, NTKCL_B_END)
@@ -205,7 +208,8 @@ bool has_amx() {
 
 __attribute__((target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16"))) void small_matmul_amx(
     const SmallMatmul<BFloat16Pair>& args) {
-  written(&args);
+  NTKCL_ASSERT(args.a_row == 1 || args.a_column == 1);
+  fence(&args);
   const int64_t m = in_tiles(args.m, kTileRows), k_end = args.k % kTile, whole = m / kTile * kTile;
   if (whole > 0) {
     set_shapes(kTile, k_end);
@@ -225,7 +229,9 @@ bool has_amx() {
   return false;
 }
 
-void small_matmul_amx(const SmallMatmul<BFloat16Pair>&) {}  // has_amx() says no
+void small_matmul_amx(const SmallMatmul<BFloat16Pair>&) {
+  NTKCL_ASSERT(false);  // has_amx() says no
+}
 #endif
 
 }  // namespace ntkcl::kernels

@@ -8,7 +8,8 @@ namespace ntkcl::kernels {
 // process use them, which is asked for once.
 bool has_amx();
 
-// small_matmul_cpu by such tiles. Numbers below float32's least normal one count as 0 in it.
+// small_matmul_cpu by such tiles. As in all products of pairs, numbers below float32's least normal
+// one count as 0. An assertion fails where there are none.
 void small_matmul_amx(const SmallMatmul<BFloat16Pair>& args);
 
 }  // namespace ntkcl::kernels

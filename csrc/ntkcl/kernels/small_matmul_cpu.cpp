@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "ntkcl/core/error.h"
 #include "ntkcl/kernels/multiversion.h"
 #include "ntkcl/kernels/small_matmul_amx.h"
 
@@ -158,8 +159,9 @@ std::vector<SmallMatmulVersion<C>> small_matmul_versions() {
 
 template <class C>
 void small_matmul_cpu(const SmallMatmul<C>& args) {
-  static const auto function = small_matmul_versions<C>().front().function;
-  function(args);
+  static const auto versions = small_matmul_versions<C>();
+  NTKCL_ASSERT(!versions.empty());
+  versions.front().function(args);
 }
 
 template std::vector<SmallMatmulVersion<float>> small_matmul_versions();

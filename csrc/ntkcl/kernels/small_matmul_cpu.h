@@ -39,7 +39,7 @@ struct Operand<BFloat16Pair> {
 // multiple of kTileColumns; k and all strides count elements.
 template <class E>
 struct SmallMatmul {
-  const E* a = nullptr;  // a[i * a_row + j * a_column]
+  const E* a = nullptr;  // a[i * a_row + j * a_column], one of the two 1
   int64_t a_row = 0, a_column = 1;
   const E* b = nullptr;
   int64_t b_row = 0;

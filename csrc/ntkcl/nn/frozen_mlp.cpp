@@ -56,47 +56,35 @@ struct FrozenMlpFunction : torch::autograd::Function<FrozenMlpFunction> {
   }
 };
 
-// What the MLP reads where prompts are replaced, and what the way back needs of it.
-struct Prompted {
-  Normalised hidden;  // h, and LN2 of its tokens with the new prompts in their places
-  ops::MixedPrompts prompts;
-  at::Tensor mean, scale;  // of LN2 of the new prompts
-};
-
-Prompted normalise_with_prompts(const FrozenMlp& mlp, const Residual& hidden,
-                                const ops::PromptMixing& mixing) {
-  Prompted found{.hidden = normalise(mlp, hidden), .prompts = {}, .mean = {}, .scale = {}};
-  found.prompts = ops::token_mix_prompts(found.hidden.value, mixing);
-  const Normalised own = normalise(mlp, {.stream = found.prompts.out});
-  found.mean = own.mean;
-  found.scale = own.scale;
-  // Of all tokens only the prompts are written twice; h itself is never copied.
-  found.hidden.out.narrow(1, 1, mixing.weight.size(0)).copy_(own.out);
-  return found;
+// LN2 of `prompts` (B, P, C) takes the places of those in hidden.out: of all tokens only the
+// prompts are written twice, and h itself is never copied. Returns what the way back needs of it.
+Normalised put_prompts(const FrozenMlp& mlp, const Normalised& hidden, const at::Tensor& prompts) {
+  const Normalised own = normalise(mlp, {.stream = prompts});
+  hidden.out.narrow(1, 1, prompts.size(1)).copy_(own.out);
+  return own;
 }
 
-// (stream, update or undefined, the mixing's parameters) -> (h, MLP, new prompts).
+// (the mixing's parameters, stream, update) -> (h, MLP, new prompts).
 struct PromptedMlpFunction : torch::autograd::Function<PromptedMlpFunction> {
   static variable_list forward(AutogradContext* context, const at::Tensor& weight,
                                const at::Tensor& norm_weight, const at::Tensor& norm_bias,
                                const at::Tensor& stream, const at::Tensor& update,
                                const ops::PromptMixing& mixing, const FrozenMlp& mlp) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const Prompted found = normalise_with_prompts(mlp, {stream, update}, mixing);
-    const at::Tensor inner = mlp.fc1(found.hidden.out);
-    const auto& [out, mixed, mean, norm_scale] = found.prompts;
-    context->save_for_backward({weight, norm_weight, norm_bias, found.hidden.value,
-                                found.hidden.mean, found.hidden.scale, out, mixed, mean, norm_scale,
-                                found.mean, found.scale});
+    const Normalised hidden = normalise(mlp, {stream, update});
+    const auto [prompts, mixed, mean, norm_scale] = ops::token_mix_prompts(hidden.value, mixing);
+    const Normalised own = put_prompts(mlp, hidden, prompts);
+    const at::Tensor inner = mlp.fc1(hidden.out);
+    context->save_for_backward({weight, norm_weight, hidden.value, hidden.mean, hidden.scale,
+                                prompts, mixed, mean, norm_scale, own.mean, own.scale});
     context->saved_data["inner"] = mlp.recompute ? at::Tensor() : inner;
     context->saved_data["update"] = update.scalar_type();
     context->saved_data["carried"] = mixing.carried;
     context->saved_data["scale"] = mixing.scale;
-    context->saved_data["eps"] = mixing.eps;
-    context->mark_non_differentiable({out});
+    context->mark_non_differentiable({prompts});
     context->set_materialize_grads(false);
     hold(context, mlp);
-    return {found.hidden.value, mlp.fc2(ops::gelu(inner)), out};
+    return {hidden.value, mlp.fc2(ops::gelu(inner)), prompts};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
@@ -104,11 +92,12 @@ struct PromptedMlpFunction : torch::autograd::Function<PromptedMlpFunction> {
     const variable_list saved = context->get_saved_variables();
     const ops::PromptMixing mixing{.weight = saved[0],
                                    .norm_weight = saved[1],
-                                   .norm_bias = saved[2],
+                                   .norm_bias = {},
                                    .carried = context->saved_data["carried"].toInt(),
                                    .scale = context->saved_data["scale"].toDouble(),
-                                   .eps = context->saved_data["eps"].toDouble()};
-    const at::Tensor &value = saved[3], &value_grad = grads[0], &grad = grads[1];
+                                   .insert = false};
+    const at::Tensor &value = saved[2], &prompts = saved[5];
+    const at::Tensor &value_grad = grads[0], &grad = grads[1];
     const auto update = context->saved_data["update"].toScalarType();
     if (!grad.defined()) {  // the MLP's result went nowhere
       return {at::Tensor(),
@@ -121,24 +110,26 @@ struct PromptedMlpFunction : torch::autograd::Function<PromptedMlpFunction> {
     }
     at::Tensor inner = context->saved_data["inner"].toTensor();
     if (!inner.defined()) {
-      inner = mlp.fc1(normalise_with_prompts(mlp, {value}, mixing).hidden.out);
+      const Normalised hidden = normalise(mlp, {.stream = value});
+      put_prompts(mlp, hidden, prompts);
+      inner = mlp.fc1(hidden.out);
     }
     const at::Tensor dnormed =
         mlp.fc1.input_gradient(ops::gelu_backward(mlp.fc2.input_gradient(grad), inner));
     // The prompts' rows go back through LN2 of their own and the mixing, to all tokens of h.
     at::Tensor of_prompts = dnormed.narrow(1, 1, mixing.carried);
     const at::Tensor dprompts =
-        ops::residual_layer_norm_backward(of_prompts, std::nullopt, saved[6], saved[10], saved[11],
+        ops::residual_layer_norm_backward(of_prompts, std::nullopt, prompts, saved[9], saved[10],
                                           mlp.norm_weight, std::nullopt, /*affine=*/false)
             .dx;
     const auto of_mixing = ops::token_mix_prompts_backward(
         dprompts, value_grad.defined() ? std::optional(value_grad) : std::nullopt, value,
-        {saved[6], saved[7], saved[8], saved[9]}, mixing,
+        {prompts, saved[6], saved[7], saved[8]}, mixing,
         {true, context->needs_input_grad(0), context->needs_input_grad(1),
          context->needs_input_grad(2)});
     of_prompts.zero_();
-    const auto found = ops::residual_layer_norm_backward(dnormed, of_mixing[0], value, saved[4],
-                                                         saved[5], mlp.norm_weight, update,
+    const auto found = ops::residual_layer_norm_backward(dnormed, of_mixing[0], value, saved[3],
+                                                         saved[4], mlp.norm_weight, update,
                                                          /*affine=*/false);
     const auto wanted = [&](size_t input) {
       return context->needs_input_grad(input) ? of_mixing[input + 1] : at::Tensor();
@@ -163,7 +154,8 @@ Residual FrozenMlp::operator()(const Residual& hidden) const {
 
 Residual FrozenMlp::with_prompts(const Residual& hidden, const ops::PromptMixing& mixing,
                                  at::Tensor* generated) const {
-  NTKCL_ASSERT(hidden.update.defined() && mixing.carried == mixing.weight.size(0));
+  NTKCL_ASSERT(hidden.update.defined() && mixing.carried == mixing.weight.size(0) &&
+               !mixing.insert);
   at::Tensor prompts;
   Residual result;
   if (differentiates(hidden.stream) || differentiates(hidden.update) ||
@@ -175,9 +167,10 @@ Residual FrozenMlp::with_prompts(const Residual& hidden, const ops::PromptMixing
     result = {results[0], results[1]};
     prompts = results[2];
   } else {
-    const Prompted found = normalise_with_prompts(*this, hidden, mixing);
-    result = {found.hidden.value, fc2(fc1.gelu(found.hidden.out))};
-    prompts = found.prompts.out;
+    const Normalised normalised = normalise(*this, hidden);
+    prompts = ops::token_mix_prompts(normalised.value, mixing).out;
+    put_prompts(*this, normalised, prompts);
+    result = {normalised.value, fc2(fc1.gelu(normalised.out))};
   }
   if (generated) {
     *generated = prompts;

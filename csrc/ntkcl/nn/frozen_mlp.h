@@ -21,7 +21,8 @@ struct FrozenMlp {
   Residual operator()(const Residual& hidden) const;
 
   // The same with prompts: h carries P of them behind its class token, LN2 and the rest see newly
-  // mixed ones in their place (ops/token_mix_prompts.h). The stream that leaves is h as it was.
+  // mixed ones in their place (ops/token_mix_prompts.h; mixing.insert is false). The stream that
+  // leaves is h as it was.
   // `generated` receives the new prompts (B, P, C), without a gradient.
   Residual with_prompts(const Residual& hidden, const ops::PromptMixing& mixing,
                         at::Tensor* generated = nullptr) const;

@@ -27,7 +27,8 @@ std::vector<Generator> generators(const PromptList& list, double scale) {
                        .norm_bias = norm_bias[l],
                        .carried = l == 0 ? 0 : list.prompts(),
                        .scale = scale,
-                       .eps = kLayerNormEps},
+                       .eps = kLayerNormEps,
+                       .insert = false},
                       gate.empty() ? at::Tensor() : gate[l]});
   }
   return result;

@@ -153,8 +153,7 @@ struct DissimilarityFunction : Function<DissimilarityFunction> {
     const AutoDispatchBelowADInplaceOrView guard;
     const auto [loss, unit, scale, pull] =
         dissimilarity(features, labels, old, old_labels, kind, temperature);
-    context->save_for_backward({unit, scale, pull});
-    context->saved_data["batch"] = features.size(0);
+    context->save_for_backward({unit, scale, pull, labels});
     context->mark_non_differentiable({unit, scale, pull});
     context->set_materialize_grads(false);
     return {loss, unit, scale, pull};
@@ -166,9 +165,11 @@ struct DissimilarityFunction : Function<DissimilarityFunction> {
     }
     const variable_list saved = context->get_saved_variables();
     const auto wanted = first_wanted<2>(context);
-    const auto [dfeatures, dold] = dissimilarity_backward(
-        grads[0], context->saved_data["batch"].toInt(), saved[0], saved[1], saved[2], wanted);
-    return as_results<2>({dfeatures, dold}, wanted, 6);
+    const at::Tensor all = dissimilarity_backward(grads[0], saved[0], saved[1], saved[2]);
+    const c10::SymInt batch = saved[3].sym_size(0);
+    return as_results<2>(
+        {all.narrow_symint(0, 0, batch), all.narrow_symint(0, batch, all.sym_size(0) - batch)},
+        wanted, 6);
   }
 };
 

@@ -17,8 +17,6 @@ namespace ntkcl::ops {
 namespace {
 
 using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
-using Wanted = std::array<bool, 2>;
 
 constexpr const char* kOp = "dissimilarity";
 constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
@@ -45,13 +43,12 @@ void check_forward(const at::Tensor& features, const at::Tensor& labels, const a
   NTKCL_OP_CHECK(temperature > 0, kOp, "expected a temperature above 0, got ", temperature);
 }
 
-void check_backward(const at::Tensor& grad, int64_t batch, const at::Tensor& unit,
-                    const at::Tensor& scale, const at::Tensor& pull) {
+void check_backward(const at::Tensor& grad, const at::Tensor& unit, const at::Tensor& scale,
+                    const at::Tensor& pull) {
   const char* op = "dissimilarity_backward";
   check_floating(op, "grad", grad);
   check_shape(op, "grad", grad, {});
-  NTKCL_OP_CHECK(unit.dim() == 2 && batch >= 0 && unit.sym_size(0) >= batch, op,
-                 "expected unit (n, D) of at least ", batch, " rows, got ", unit.sym_sizes());
+  NTKCL_OP_CHECK(unit.dim() == 2, op, "expected unit (n, D), got ", unit.sym_sizes());
   const c10::SymInt n = unit.sym_size(0);
   check_like(op, "scale", scale, "unit", unit);
   check_shape(op, "scale", scale, {n, 1});
@@ -124,30 +121,19 @@ FourTensors forward_meta(const at::Tensor& features, const at::Tensor& labels,
           at::empty_symint({n, 1}, kept), at::empty_symint({n, n}, kept)};
 }
 
-TwoTensors backward(const at::Tensor& grad, int64_t batch, const at::Tensor& unit,
-                    const at::Tensor& scale, const at::Tensor& pull, Wanted wanted) {
-  check_backward(grad, batch, unit, scale, pull);
+at::Tensor backward(const at::Tensor& grad, const at::Tensor& unit, const at::Tensor& scale,
+                    const at::Tensor& pull) {
+  check_backward(grad, unit, scale, pull);
   // A backward pass may run inside torch.autocast, which would change the products' types.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto of_rows = [&](bool want, int64_t first, int64_t count) {
-    if (!want) {
-      return at::empty({0}, grad.options());
-    }
-    const UnitRows rows{unit.narrow(0, first, count), scale.narrow(0, first, count)};
-    const at::Tensor dunit = at::mm(pull.narrow(0, first, count), unit) * grad;
-    return unit_rows_backward(dunit, rows).to(grad.scalar_type());
-  };
-  return {of_rows(wanted[0], 0, batch), of_rows(wanted[1], batch, unit.size(0) - batch)};
+  const at::Tensor dunit = at::mm(pull, unit) * grad.to(unit.scalar_type());
+  return unit_rows_backward(dunit, {unit.contiguous(), scale}).to(grad.scalar_type());
 }
 
-TwoTensors backward_meta(const at::Tensor& grad, int64_t batch, const at::Tensor& unit,
-                         const at::Tensor& scale, const at::Tensor& pull, Wanted wanted) {
-  check_backward(grad, batch, unit, scale, pull);
-  const auto like = [&](bool want, const c10::SymInt& rows) {
-    return want ? at::empty_symint({rows, unit.sym_size(1)}, grad.options())
-                : at::empty({0}, grad.options());
-  };
-  return {like(wanted[0], batch), like(wanted[1], unit.sym_size(0) - batch)};
+at::Tensor backward_meta(const at::Tensor& grad, const at::Tensor& unit, const at::Tensor& scale,
+                         const at::Tensor& pull) {
+  check_backward(grad, unit, scale, pull);
+  return at::empty_symint(unit.sym_sizes(), grad.options());
 }
 
 }  // namespace
@@ -160,10 +146,10 @@ Dissimilarity dissimilarity(const at::Tensor& features, const at::Tensor& labels
   return {loss, unit, scale, pull};
 }
 
-TwoTensors dissimilarity_backward(const at::Tensor& grad, int64_t batch, const at::Tensor& unit,
-                                  const at::Tensor& scale, const at::Tensor& pull, Wanted wanted) {
+at::Tensor dissimilarity_backward(const at::Tensor& grad, const at::Tensor& unit,
+                                  const at::Tensor& scale, const at::Tensor& pull) {
   static const auto op = find_operator<decltype(backward)>("dissimilarity_backward");
-  return op.call(grad, batch, unit, scale, pull, wanted);
+  return op.call(grad, unit, scale, pull);
 }
 
 TORCH_LIBRARY_IMPL(ntkcl, Meta, m) {

@@ -2,9 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <string_view>
-#include <tuple>
 
 namespace ntkcl::ops {
 
@@ -34,11 +32,8 @@ Dissimilarity dissimilarity(const at::Tensor& features, const at::Tensor& labels
                             const at::Tensor& old, const at::Tensor& old_labels,
                             std::string_view kind, double temperature);
 
-// The gradients of features, the first `batch` rows, and of old; (0) where not wanted.
-std::tuple<at::Tensor, at::Tensor> dissimilarity_backward(const at::Tensor& grad, int64_t batch,
-                                                          const at::Tensor& unit,
-                                                          const at::Tensor& scale,
-                                                          const at::Tensor& pull,
-                                                          std::array<bool, 2> wanted);
+// The gradient of [features; old], (n, D) of grad's type.
+at::Tensor dissimilarity_backward(const at::Tensor& grad, const at::Tensor& unit,
+                                  const at::Tensor& scale, const at::Tensor& pull);
 
 }  // namespace ntkcl::ops

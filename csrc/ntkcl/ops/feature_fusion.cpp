@@ -23,8 +23,8 @@ void check(const char* op, const at::Tensor& channel, const at::Tensor& weight,
   const c10::SymInt d = channel.sym_size(1);
   check_like(op, "weight", weight, "channel", channel);
   check_shape(op, "weight", weight, {d, d});
+  check_dropout_probability(op, p);
   if (head_mask) {
-    check_dropout_probability(op, p);
     NTKCL_OP_CHECK_TYPE(
         head_mask->scalar_type() == at::kByte || head_mask->scalar_type() == at::kBool, op,
         "expected head_mask of uint8 or bool, got ", head_mask->scalar_type());
@@ -88,10 +88,11 @@ FourTensors backward(const at::Tensor& grad, const at::Tensor& channel, const at
   // A backward pass may run inside torch.autocast, which would change the products' types.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto none = [&] { return at::empty({0}, grad.options()); };
-  const at::Tensor dvalue = scaled_heads(grad, head_mask, {p, value_scale, patch_scale});
-  return {wanted[0] ? at::addmm(grad, dvalue, weight) : none(),
-          wanted[1] ? grad * patch_scale : none(), wanted[2] ? at::mm(dvalue.t(), channel) : none(),
-          wanted[3] ? dvalue.sum(0) : none()};
+  const at::Tensor dense = grad.contiguous();
+  const at::Tensor dvalue = scaled_heads(dense, head_mask, {p, value_scale, patch_scale});
+  return {wanted[0] ? at::addmm(dense, dvalue, weight) : none(),
+          wanted[1] ? dense * patch_scale : none(),
+          wanted[2] ? at::mm(dvalue.t(), channel) : none(), wanted[3] ? dvalue.sum(0) : none()};
 }
 
 FourTensors backward_meta(const at::Tensor& grad, const at::Tensor& channel,

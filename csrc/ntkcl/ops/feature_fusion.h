@@ -16,7 +16,7 @@ namespace ntkcl::ops {
 //   weight          (D, D) of channel's type
 //   bias            (D)
 //   head_mask       (B, H) uint8 or bool, 0 where a head is dropped, H a divisor of D; kept heads
-//                   are divided by 1 - p. None: no dropout, and p is not used
+//                   are divided by 1 - p. None: no dropout
 //   ->              (B, D)
 // Errors: ValueError (shapes, devices, p), TypeError (element types).
 struct FusionScales {

@@ -2,14 +2,15 @@
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include "ntkcl/ops/bias_relu_dropout.h"
 #include "ntkcl/ops/checks.h"
 #include "ntkcl/ops/schema.h"
 
-// Torch's products around the fused middle. What is fused besides: scale and residual, which cost
-// no pass over memory of their own, forward or backward.
+// Torch's products around the fused middle. Scale, bias and residual are folded into the products,
+// so that what the adapter adds is never written and read again.
 namespace ntkcl::ops {
 namespace {
 
@@ -52,7 +53,10 @@ void check_products(const char* op, const at::Tensor& x, const at::Tensor& down,
                      (!grouped || x.sym_size(0) == down.sym_size(0)),
                  op, "expected x ", grouped ? "(g, ..., C)" : "(..., C)", " for down_weight ",
                  down.sym_sizes(), ", got ", x.sym_sizes());
-  const c10::SymInt out = up.dim() >= 2 ? up.sym_size(-2) : c10::SymInt(0);
+  NTKCL_OP_CHECK(up.dim() == down.dim(), op, "expected up_weight ",
+                 grouped ? "(g, D, r)" : "(D, r)", " for down_weight ", down.sym_sizes(), ", got ",
+                 up.sym_sizes());
+  const c10::SymInt out = up.sym_size(-2);
   check_shape(op, "up_weight", up, in_groups(down, {out, down.sym_size(-2)}));
   NTKCL_OP_CHECK(!residual || out == x.sym_size(-1), op, "expected up_weight with ", x.sym_size(-1),
                  " outputs, as x is added to them, got ", out);
@@ -88,9 +92,10 @@ at::Tensor transposed(const at::Tensor& matrix) {
 
 // (..., n) -> (M, n), or (g, ..., n) -> (g, M, n).
 at::Tensor rows(const at::Tensor& x, bool grouped) {
-  const int64_t columns = x.size(-1), groups = grouped ? x.size(0) : 1;
-  const int64_t m = columns * groups > 0 ? x.numel() / (columns * groups) : 0;
-  return grouped ? x.reshape({groups, m, columns}) : x.reshape({m, columns});
+  const size_t first = grouped ? 1 : 0;
+  const auto between = x.sizes().slice(first, static_cast<size_t>(x.dim()) - 1 - first);
+  const int64_t m = c10::multiply_integers(between), columns = x.size(-1);
+  return grouped ? x.reshape({x.size(0), m, columns}) : x.reshape({m, columns});
 }
 
 // base + a b
@@ -105,8 +110,9 @@ TwoTensors forward(const at::Tensor& x, const at::Tensor& down_weight, const at:
   const bool grouped = down_weight.dim() == 3;
   auto sizes = x.sizes().vec();
   sizes.back() = down_weight.size(-2);
-  const at::Tensor x_rows = rows(x, grouped);
-  // A product in bfloat16 is rounded: its bias belongs inside, or units near 0 change sides.
+  const at::Tensor x_rows = rows(x.contiguous(), grouped);
+  // A product in bfloat16 is rounded: its bias belongs inside, or units near 0 change sides; and
+  // x, which may be much larger, outside.
   const bool inside = x.scalar_type() == at::kBFloat16;
   const at::Tensor down = transposed(down_weight);
   const at::Tensor hidden =
@@ -116,11 +122,14 @@ TwoTensors forward(const at::Tensor& x, const at::Tensor& down_weight, const at:
   const at::Tensor inner_rows = rows(inner, grouped), up = transposed(up_weight * scale);
   const at::Tensor bias = up_bias.unsqueeze(-2);  // ([g], 1, D)
   at::Tensor out;
-  if (residual) {
+  if (residual && !inside) {
     out = at::add(x_rows, bias, scale);
     grouped ? out.baddbmm_(inner_rows, up) : out.addmm_(inner_rows, up);
   } else {
     out = plus_product(bias * scale, inner_rows, up);
+    if (residual) {
+      out.add_(x_rows);
+    }
   }
   sizes.back() = up_weight.size(-2);
   return {out.view(sizes), inner};
@@ -146,7 +155,7 @@ FiveTensors backward(const at::Tensor& grad, const at::Tensor& x, const at::Tens
   // Results of their own, as outputs must not alias.
   const auto none = [&] { return at::empty({0}, x.options()); };
   at::Tensor dx = none(), ddown = none(), ddown_bias = none(), dup = none(), dup_bias = none();
-  const at::Tensor grad_rows = rows(grad, grouped), inner_rows = rows(inner, grouped);
+  const at::Tensor grad_rows = rows(grad.contiguous(), grouped), inner_rows = rows(inner, grouped);
 
   if (want_up) {
     dup = at::matmul(transposed(grad_rows), inner_rows).mul_(scale);

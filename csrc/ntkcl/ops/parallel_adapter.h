@@ -7,8 +7,8 @@
 
 namespace ntkcl::ops {
 
-// An adapter beside a frozen layer (NTK-CL section 2, "channel"; RAA section 2.1), or g of them side
-// by side:
+// An adapter beside a frozen layer (NTK-CL section 2, "channel"; RAA section 2.1), or g of them
+// side by side:
 //
 //   out = [x +] scale (drop(relu(x down_weight^T + down_bias)) up_weight^T + up_bias)
 //

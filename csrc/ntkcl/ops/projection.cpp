@@ -4,7 +4,10 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "ntkcl/ops/checks.h"
+#include "ntkcl/ops/element_type.h"
 #include "ntkcl/ops/schema.h"
 #include "ntkcl/ops/unit_rows.h"
 
@@ -37,9 +40,20 @@ void check_gradient(const char* op, const at::Tensor& grad, const at::Tensor& x)
   check_shape(op, "grad", grad, {});
 }
 
+// Dense, in the type of the arithmetic.
+at::Tensor computed(const at::Tensor& t) {
+  return t.contiguous().to(compute_type(t.scalar_type()));
+}
+
+// The energy of no rows is 0.
+double rows_at_least_one(const at::Tensor& x) {
+  return static_cast<double>(std::max<int64_t>(1, x.size(0)));
+}
+
 at::Tensor energy(const at::Tensor& x, const at::Tensor& basis) {
   check_energy("projection_energy", x, basis);
-  return at::mm(unit_rows(x).unit, basis).square().sum(1).mean();
+  const at::Tensor within = at::mm(unit_rows(computed(x)).unit, computed(basis));  // (B, k)
+  return (within.square().sum() / rows_at_least_one(x)).to(x.scalar_type());
 }
 
 at::Tensor energy_meta(const at::Tensor& x, const at::Tensor& basis) {
@@ -49,7 +63,7 @@ at::Tensor energy_meta(const at::Tensor& x, const at::Tensor& basis) {
 
 at::Tensor signed_sum(const at::Tensor& x, const at::Tensor& direction) {
   check_signed("signed_projection", x, direction);
-  return at::mv(unit_rows(x).unit, direction).sum();
+  return at::mv(unit_rows(computed(x)).unit, computed(direction)).sum().to(x.scalar_type());
 }
 
 at::Tensor signed_sum_meta(const at::Tensor& x, const at::Tensor& direction) {
@@ -65,12 +79,13 @@ TwoTensors energy_backward(const at::Tensor& grad, const at::Tensor& x, const at
   // A backward pass may run inside torch.autocast, which would change the products' types.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto none = [&] { return at::empty({0}, x.options()); };
-  const UnitRows rows = unit_rows(x);
+  const UnitRows rows = unit_rows(computed(x));
+  const at::Tensor u = computed(basis);
   // The gradient of the coordinates x^ basis, (B, k).
-  const at::Tensor pulled =
-      at::mm(rows.unit, basis) * (grad * (2.0 / static_cast<double>(x.size(0))));
-  return {wanted[0] ? unit_rows_backward(at::mm(pulled, basis.t()), rows) : none(),
-          wanted[1] ? at::mm(rows.unit.t(), pulled) : none()};
+  const at::Tensor pulled = at::mm(rows.unit, u) * (computed(grad) * (2.0 / rows_at_least_one(x)));
+  const auto type = x.scalar_type();
+  return {wanted[0] ? unit_rows_backward(at::mm(pulled, u.t()), rows).to(type) : none(),
+          wanted[1] ? at::mm(rows.unit.t(), pulled).to(type) : none()};
 }
 
 TwoTensors signed_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& direction,
@@ -79,9 +94,11 @@ TwoTensors signed_backward(const at::Tensor& grad, const at::Tensor& x, const at
   check_signed(op, x, direction);
   check_gradient(op, grad, x);
   const auto none = [&] { return at::empty({0}, x.options()); };
-  const UnitRows rows = unit_rows(x);
-  return {wanted[0] ? unit_rows_backward((direction * grad).expand(x.sizes()), rows) : none(),
-          wanted[1] ? rows.unit.sum(0) * grad : none()};
+  const UnitRows rows = unit_rows(computed(x));
+  const auto type = x.scalar_type();
+  const at::Tensor pulled = (computed(direction) * computed(grad)).expand(x.sizes());
+  return {wanted[0] ? unit_rows_backward(pulled, rows).to(type) : none(),
+          wanted[1] ? (rows.unit.sum(0) * computed(grad)).to(type) : none()};
 }
 
 // Of either: the second argument's shape is all that differs.

@@ -16,8 +16,10 @@
 //   6. ops/autograd.cpp   The autograd function, in one file for all as its header costs 10 s.
 //                         ops/autocast.cpp: what torch.autocast does to the arguments.
 //   7. ops/cuda_stub.cpp  The name, so that builds without CUDA give a clear error. An operator
-//                         made of torch's own, and of others of these, skips 2, 5 and 7 (parallel_adapter).
-//   8. python/ntkcl/ops.py, a sample in tests/python/test_ops.py, a case in benchmarks/ops.py.
+//                         made of torch's own, and of others of these, skips 2, 5 and 7
+//                         (parallel_adapter).
+//   8. python/ntkcl/ops.py, a sample in tests/python/test_ops.py, a case in benchmarks/ops.py;
+//      python/ntkcl/portable.py, if models score with it.
 //
 // Types: float32, float64, bfloat16 (computed with as float32). Non-contiguous inputs are copied.
 // Random numbers: a key tensor, never a generator, so that all devices draw the same.
@@ -42,9 +44,7 @@ TORCH_LIBRARY(ntkcl, m) {
   m.def(
       "dissimilarity(Tensor features, Tensor labels, Tensor old, Tensor old_labels, str kind,"
       " float temperature) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "dissimilarity_backward(Tensor grad, int batch, Tensor unit, Tensor scale, Tensor pull,"
-      " bool[2] wanted) -> (Tensor, Tensor)");
+  m.def("dissimilarity_backward(Tensor grad, Tensor unit, Tensor scale, Tensor pull) -> Tensor");
   m.def(
       "feature_fusion(Tensor channel, Tensor patch, Tensor weight, Tensor bias,"
       " Tensor? head_mask=None, float p=0.0, float value_scale=0.5, float patch_scale=0.1)"
@@ -85,7 +85,7 @@ TORCH_LIBRARY(ntkcl, m) {
       " -> (Tensor, Tensor)");
   m.def(
       "token_mix_prompts(Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias,"
-      " int carried=0, float scale=1.0, float eps=1e-06, bool insert=False)"
+      " int carried=0, float scale=1.0, float eps=1e-06, bool insert=True)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "token_mix_prompts_backward(Tensor grad, Tensor? x_grad, Tensor x, Tensor mixed, Tensor mean,"

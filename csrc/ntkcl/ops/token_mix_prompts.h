@@ -24,7 +24,7 @@ struct PromptMixing {
   int64_t carried = 0;     // 0 or P
   double scale = 1.0;
   double eps = 1e-6;
-  bool insert = false;
+  bool insert = true;
 };
 struct MixedPrompts {
   at::Tensor out;
@@ -35,7 +35,8 @@ struct MixedPrompts {
 MixedPrompts token_mix_prompts(const at::Tensor& x, const PromptMixing& mixing);
 
 // The gradients of x, weight, norm_weight and norm_bias; (0) where not wanted. `x_grad`, a gradient
-// of x from elsewhere, is added to that of x in passing. Of `mixing` norm_bias and eps are not read.
+// of x from elsewhere, is added to that of x in passing. Of `mixing` norm_bias and eps are not
+// read.
 constexpr size_t kPromptGradients = 4;
 std::array<at::Tensor, kPromptGradients> token_mix_prompts_backward(
     const at::Tensor& grad, const std::optional<at::Tensor>& x_grad, const at::Tensor& x,
