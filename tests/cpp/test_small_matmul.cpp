@@ -83,8 +83,8 @@ TEMPLATE_TEST_CASE("small products are exact at every vector width", "[kernels]"
   }
 }
 
-// a in pairs along k, side by side or, transposed, row beside row, and b in pairs row over row; zero
-// where k is odd. Behind them lies what no product may see.
+// a in pairs along k, side by side or, transposed, row beside row, and b in pairs row over row;
+// zero where k is odd. Behind them lies what no product may see.
 struct Pairs {
   int64_t count, row, column;
   std::vector<BFloat16Pair> a, b;
