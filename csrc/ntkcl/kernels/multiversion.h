@@ -20,6 +20,7 @@
 #define NTKCL_X86_VERSIONS
 #define NTKCL_X86_V4 __attribute__((target("arch=x86-64-v4")))
 #define NTKCL_X86_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16")))
+#define NTKCL_X86_AMX __attribute__((target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")))
 #define NTKCL_X86_V3 __attribute__((target("arch=x86-64-v3")))
 namespace ntkcl::kernels {
 inline bool has_x86_v3() {

@@ -19,9 +19,6 @@ namespace ntkcl::kernels {
 #ifdef NTKCL_HAS_AMX
 namespace {
 
-#define NTKCL_X86_AMX \
-  __attribute__((target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16"), always_inline)) inline
-
 constexpr int64_t kTile = 16;  // rows of a tile, and elements in one of them
 constexpr int64_t kBytes = 4;  // of an element, a pair or a sum
 
@@ -40,11 +37,11 @@ struct alignas(64) TileShapes {
 
 // The compiler does not know what tile instructions read: what was written before is in memory now,
 // and what is written after is not yet.
-NTKCL_X86_AMX void fence(const void* memory) {
+NTKCL_X86_AMX NTKCL_INLINE void fence(const void* memory) {
   __asm__ volatile("" : : "r"(memory) : "memory");
 }
 
-NTKCL_X86_AMX void set_shapes(int64_t rows, int64_t k_end) {
+NTKCL_X86_AMX NTKCL_INLINE void set_shapes(int64_t rows, int64_t k_end) {
   TileShapes shapes;
   const auto set = [&](int tile, int64_t tile_rows, int64_t columns) {
     shapes.rows[tile] = static_cast<uint8_t>(tile_rows);
@@ -64,12 +61,12 @@ NTKCL_X86_AMX void set_shapes(int64_t rows, int64_t k_end) {
   fence(&shapes);
 }
 
-constexpr __mmask16 kAll =
-    0xFFFF;  // the instructions without a mask make gcc 12 warn of its headers
+// Instructions without a mask make gcc 12 warn of its headers.
+constexpr __mmask16 kAll = 0xFFFF;
 
 // to[i][j] = from[j][i], 16 x 16; from has `count` rows, its columns `column` apart.
-NTKCL_X86_AMX void transpose(const BFloat16Pair* from, int64_t column, int64_t count,
-                             __mmask16 valid, int32_t (&to)[kTile][kTile]) {
+NTKCL_X86_AMX NTKCL_INLINE void transpose(const BFloat16Pair* from, int64_t column, int64_t count,
+                                          __mmask16 valid, int32_t (&to)[kTile][kTile]) {
   __m512i x[16], y[16];
 #pragma GCC unroll 16
   for (int j = 0; j < 16; ++j) {
@@ -111,8 +108,9 @@ struct TileOfA {
   int64_t stride;
 };
 
-NTKCL_X86_AMX TileOfA tile_of_a(const SmallMatmul<BFloat16Pair>& args, int64_t row, int64_t rows,
-                                int64_t k, int64_t count, int32_t (&aside)[kTile][kTile]) {
+NTKCL_X86_AMX NTKCL_INLINE TileOfA tile_of_a(const SmallMatmul<BFloat16Pair>& args, int64_t row,
+                                             int64_t rows, int64_t k, int64_t count,
+                                             int32_t (&aside)[kTile][kTile]) {
   const BFloat16Pair* a = args.a + row * args.a_row + k * args.a_column;
   if (args.a_column == 1) {
     return {a, args.a_row * kBytes};
@@ -136,8 +134,8 @@ NTKCL_X86_AMX TileOfA tile_of_a(const SmallMatmul<BFloat16Pair>& args, int64_t r
 
 // kTiles tiles of c, side by side.
 template <int kTiles>
-NTKCL_X86_AMX void compute_tiles(const SmallMatmul<BFloat16Pair>& args, int64_t row, int64_t rows,
-                                 int64_t column) {
+NTKCL_X86_AMX NTKCL_INLINE void compute_tiles(const SmallMatmul<BFloat16Pair>& args, int64_t row,
+                                              int64_t rows, int64_t column) {
   alignas(64) int32_t aside[kTile][kTile];
   float* c = args.c + row * args.c_row + column;
   const int64_t c_stride = args.c_row * kBytes, b_stride = args.b_row * kBytes;
@@ -178,7 +176,8 @@ NTKCL_X86_AMX void compute_tiles(const SmallMatmul<BFloat16Pair>& args, int64_t 
 #undef NTKCL_STORE
 }
 
-NTKCL_X86_AMX void compute_rows(const SmallMatmul<BFloat16Pair>& args, int64_t row, int64_t rows) {
+NTKCL_X86_AMX NTKCL_INLINE void compute_rows(const SmallMatmul<BFloat16Pair>& args, int64_t row,
+                                             int64_t rows) {
   int64_t column = 0;
   for (; column + 4 * kTile <= args.n; column += 4 * kTile) {
     compute_tiles<4>(args, row, rows, column);
@@ -206,8 +205,7 @@ bool has_amx() {
   return has;
 }
 
-__attribute__((target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16"))) void small_matmul_amx(
-    const SmallMatmul<BFloat16Pair>& args) {
+NTKCL_X86_AMX void small_matmul_amx(const SmallMatmul<BFloat16Pair>& args) {
   NTKCL_ASSERT(args.a_row == 1 || args.a_column == 1);
   fence(&args);
   const int64_t m = in_tiles(args.m, kTileRows), k_end = args.k % kTile, whole = m / kTile * kTile;

@@ -158,10 +158,16 @@ std::vector<SmallMatmulVersion<C>> small_matmul_versions() {
 }
 
 template <class C>
-void small_matmul_cpu(const SmallMatmul<C>& args) {
-  static const auto versions = small_matmul_versions<C>();
+static auto best_version() {
+  const auto versions = small_matmul_versions<C>();
   NTKCL_ASSERT(!versions.empty());
-  versions.front().function(args);
+  return versions.front().function;
+}
+
+template <class C>
+void small_matmul_cpu(const SmallMatmul<C>& args) {
+  static const auto function = best_version<C>();
+  function(args);
 }
 
 template std::vector<SmallMatmulVersion<float>> small_matmul_versions();

@@ -7,6 +7,7 @@
 #include "ntkcl/ops/checks.h"
 #include "ntkcl/ops/element_type.h"
 #include "ntkcl/ops/schema.h"
+#include "ntkcl/ops/wanted.h"
 
 namespace ntkcl::ops {
 namespace {
@@ -181,7 +182,7 @@ Outputs backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& 
   const int64_t g = weight.size(0), out = weight.size(1);
   const at::Tensor rows = x.flatten(0, -2), drows = grad.flatten(0, -2);
   ComposedGradients to;
-  to.fill(at::empty({0}, x.options()));
+  to.fill(unwanted(x));
   if (wanted[kInput]) {
     to[kInput] = at::matmul(grad, weight.flatten(0, 1));
   }
@@ -192,12 +193,12 @@ Outputs backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& 
     to[kBias] = drows.sum(0);
   }
   const auto zeros = [&](ComposedGradient kind, const at::Tensor& like) {
-    to[kind] = wanted[kind] ? at::zeros_like(like) : at::empty({0}, like.options());
+    to[kind] = wanted[kind] ? at::zeros_like(like) : unwanted(like);
   };
   zeros(kDown, down);
   zeros(kUp, up);
   zeros(kOmega, omega.value_or(down));
-  to[kImportance] = !wanted[kImportance] ? at::empty({0}, down.options())
+  to[kImportance] = !wanted[kImportance] ? unwanted(down)
                     : entries            ? at::empty(weight.sizes(), down.options())
                                          : at::empty({g}, down.options());
   for (int64_t j = 0; j < g; ++j) {
@@ -241,19 +242,15 @@ Outputs backward_meta(const at::Tensor& grad, const at::Tensor& x, const at::Ten
                       bool entries) {
   check_modules(weight, low_rank_modules(down, up, scale, old_down, old_up, omega, omega_scale));
   check_input(x, weight);
-  const auto like = [&](ComposedGradient kind, const at::Tensor& tensor,
-                        c10::SymIntArrayRef sizes) {
-    return wanted[kind] ? at::empty_symint(sizes, tensor.options())
-                        : at::empty({0}, tensor.options());
-  };
   const at::Tensor& of_omega = omega ? *omega : down;
-  return {like(kInput, x, x.sym_sizes()),
-          like(kWeight, weight, weight.sym_sizes()),
-          like(kBias, grad, {grad.sym_size(-1)}),
-          like(kDown, down, down.sym_sizes()),
-          like(kUp, up, up.sym_sizes()),
-          like(kOmega, of_omega, of_omega.sym_sizes()),
-          like(kImportance, down, entries ? weight.sym_sizes() : weight.sym_sizes().slice(0, 1))};
+  return {empty_if(wanted[kInput], x.sym_sizes(), x),
+          empty_if(wanted[kWeight], weight.sym_sizes(), weight),
+          empty_if(wanted[kBias], {grad.sym_size(-1)}, grad),
+          empty_if(wanted[kDown], down.sym_sizes(), down),
+          empty_if(wanted[kUp], up.sym_sizes(), up),
+          empty_if(wanted[kOmega], of_omega.sym_sizes(), of_omega),
+          empty_if(wanted[kImportance],
+                   entries ? weight.sym_sizes() : weight.sym_sizes().slice(0, 1), down)};
 }
 
 using Forward = at::Tensor(const at::Tensor&, const at::Tensor&, const Optional&, const at::Tensor&,

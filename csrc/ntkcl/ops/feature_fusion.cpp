@@ -6,6 +6,7 @@
 
 #include "ntkcl/ops/checks.h"
 #include "ntkcl/ops/schema.h"
+#include "ntkcl/ops/wanted.h"
 
 namespace ntkcl::ops {
 namespace {
@@ -87,23 +88,21 @@ FourTensors backward(const at::Tensor& grad, const at::Tensor& channel, const at
   check_backward(grad, channel, weight, head_mask, p);
   // A backward pass may run inside torch.autocast, which would change the products' types.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto none = [&] { return at::empty({0}, grad.options()); };
   const at::Tensor dense = grad.contiguous();
   const at::Tensor dvalue = scaled_heads(dense, head_mask, {p, value_scale, patch_scale});
-  return {wanted[0] ? at::addmm(dense, dvalue, weight) : none(),
-          wanted[1] ? dense * patch_scale : none(),
-          wanted[2] ? at::mm(dvalue.t(), channel) : none(), wanted[3] ? dvalue.sum(0) : none()};
+  return {wanted[0] ? at::addmm(dense, dvalue, weight) : unwanted(grad),
+          wanted[1] ? dense * patch_scale : unwanted(grad),
+          wanted[2] ? at::mm(dvalue.t(), channel) : unwanted(grad),
+          wanted[3] ? dvalue.sum(0) : unwanted(grad)};
 }
 
 FourTensors backward_meta(const at::Tensor& grad, const at::Tensor& channel,
                           const at::Tensor& weight, const Optional& head_mask, double p, double,
                           double, Wanted wanted) {
   check_backward(grad, channel, weight, head_mask, p);
-  const auto like = [&](bool want, c10::SymIntArrayRef sizes) {
-    return want ? at::empty_symint(sizes, grad.options()) : at::empty({0}, grad.options());
-  };
-  return {like(wanted[0], grad.sym_sizes()), like(wanted[1], grad.sym_sizes()),
-          like(wanted[2], weight.sym_sizes()), like(wanted[3], {grad.sym_size(1)})};
+  return {empty_if(wanted[0], grad.sym_sizes(), grad), empty_if(wanted[1], grad.sym_sizes(), grad),
+          empty_if(wanted[2], weight.sym_sizes(), grad),
+          empty_if(wanted[3], {grad.sym_size(1)}, grad)};
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "ntkcl/ops/bias_relu_dropout.h"
 #include "ntkcl/ops/checks.h"
 #include "ntkcl/ops/schema.h"
+#include "ntkcl/ops/wanted.h"
 
 // Torch's products around the fused middle. Scale, bias and residual are folded into the products,
 // so that what the adapter adds is never written and read again.
@@ -153,8 +154,8 @@ FiveTensors backward(const at::Tensor& grad, const at::Tensor& x, const at::Tens
   const bool grouped = down_weight.dim() == 3;
   const auto [want_x, want_down, want_down_bias, want_up, want_up_bias] = wanted;
   // Results of their own, as outputs must not alias.
-  const auto none = [&] { return at::empty({0}, x.options()); };
-  at::Tensor dx = none(), ddown = none(), ddown_bias = none(), dup = none(), dup_bias = none();
+  at::Tensor dx = unwanted(x), ddown = unwanted(x), ddown_bias = unwanted(x), dup = unwanted(x),
+             dup_bias = unwanted(x);
   const at::Tensor grad_rows = rows(grad.contiguous(), grouped), inner_rows = rows(inner, grouped);
 
   if (want_up) {
@@ -185,13 +186,11 @@ FiveTensors backward_meta(const at::Tensor& grad, const at::Tensor& x, const at:
                           const at::Tensor& down_weight, const at::Tensor& up_weight, double scale,
                           bool residual, double p, Wanted wanted) {
   check_backward(grad, x, inner, {down_weight, {}, up_weight, {}, scale, residual}, p);
-  const auto like = [&](bool want, c10::SymIntArrayRef sizes) {
-    return want ? at::empty_symint(sizes, x.options()) : at::empty({0}, x.options());
-  };
-  return {like(wanted[0], x.sym_sizes()), like(wanted[1], down_weight.sym_sizes()),
-          like(wanted[2], in_groups(down_weight, {down_weight.sym_size(-2)})),
-          like(wanted[3], up_weight.sym_sizes()),
-          like(wanted[4], in_groups(up_weight, {up_weight.sym_size(-2)}))};
+  const auto& [want_x, want_down, want_down_bias, want_up, want_up_bias] = wanted;
+  return {empty_if(want_x, x.sym_sizes(), x), empty_if(want_down, down_weight.sym_sizes(), x),
+          empty_if(want_down_bias, in_groups(down_weight, {down_weight.sym_size(-2)}), x),
+          empty_if(want_up, up_weight.sym_sizes(), x),
+          empty_if(want_up_bias, in_groups(up_weight, {up_weight.sym_size(-2)}), x)};
 }
 
 }  // namespace

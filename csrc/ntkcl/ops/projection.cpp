@@ -10,6 +10,7 @@
 #include "ntkcl/ops/element_type.h"
 #include "ntkcl/ops/schema.h"
 #include "ntkcl/ops/unit_rows.h"
+#include "ntkcl/ops/wanted.h"
 
 namespace ntkcl::ops {
 namespace {
@@ -78,14 +79,13 @@ TwoTensors energy_backward(const at::Tensor& grad, const at::Tensor& x, const at
   check_gradient(op, grad, x);
   // A backward pass may run inside torch.autocast, which would change the products' types.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto none = [&] { return at::empty({0}, x.options()); };
   const UnitRows rows = unit_rows(computed(x));
   const at::Tensor u = computed(basis);
   // The gradient of the coordinates x^ basis, (B, k).
   const at::Tensor pulled = at::mm(rows.unit, u) * (computed(grad) * (2.0 / rows_at_least_one(x)));
   const auto type = x.scalar_type();
-  return {wanted[0] ? unit_rows_backward(at::mm(pulled, u.t()), rows).to(type) : none(),
-          wanted[1] ? at::mm(rows.unit.t(), pulled).to(type) : none()};
+  return {wanted[0] ? unit_rows_backward(at::mm(pulled, u.t()), rows).to(type) : unwanted(x),
+          wanted[1] ? at::mm(rows.unit.t(), pulled).to(type) : unwanted(x)};
 }
 
 TwoTensors signed_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& direction,
@@ -93,20 +93,16 @@ TwoTensors signed_backward(const at::Tensor& grad, const at::Tensor& x, const at
   const char* op = "signed_projection_backward";
   check_signed(op, x, direction);
   check_gradient(op, grad, x);
-  const auto none = [&] { return at::empty({0}, x.options()); };
   const UnitRows rows = unit_rows(computed(x));
   const auto type = x.scalar_type();
   const at::Tensor pulled = (computed(direction) * computed(grad)).expand(x.sizes());
-  return {wanted[0] ? unit_rows_backward(pulled, rows).to(type) : none(),
-          wanted[1] ? (rows.unit.sum(0) * computed(grad)).to(type) : none()};
+  return {wanted[0] ? unit_rows_backward(pulled, rows).to(type) : unwanted(x),
+          wanted[1] ? (rows.unit.sum(0) * computed(grad)).to(type) : unwanted(x)};
 }
 
 // Of either: the second argument's shape is all that differs.
 TwoTensors empty_gradients(const at::Tensor& x, const at::Tensor& second, Wanted wanted) {
-  const auto like = [&](bool want, const at::Tensor& t) {
-    return want ? at::empty_symint(t.sym_sizes(), x.options()) : at::empty({0}, x.options());
-  };
-  return {like(wanted[0], x), like(wanted[1], second)};
+  return {empty_if(wanted[0], x.sym_sizes(), x), empty_if(wanted[1], second.sym_sizes(), x)};
 }
 
 TwoTensors energy_backward_meta(const at::Tensor& grad, const at::Tensor& x,

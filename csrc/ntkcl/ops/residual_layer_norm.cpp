@@ -8,6 +8,7 @@
 #include "ntkcl/ops/checks.h"
 #include "ntkcl/ops/residual_layer_norm_arguments.h"
 #include "ntkcl/ops/schema.h"
+#include "ntkcl/ops/wanted.h"
 
 namespace ntkcl::ops {
 namespace {
@@ -83,7 +84,7 @@ void check_backward(const at::Tensor& grad, const Optional& sum_grad, const at::
 FourTensors empty_results(const at::Tensor& x, bool update, OptionalType dtype) {
   const auto rows = x.sym_sizes().slice(0, x.dim() - 1);
   const auto of_rows = x.options().dtype(compute_type(x.scalar_type()));
-  return {update ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options()),
+  return {empty_if(update, x.sym_sizes(), x),
           at::empty_symint(x.sym_sizes(), x.options().dtype(dtype.value_or(x.scalar_type()))),
           at::empty_symint(rows, of_rows), at::empty_symint(rows, of_rows)};
 }
@@ -91,14 +92,11 @@ FourTensors empty_results(const at::Tensor& x, bool update, OptionalType dtype) 
 FourTensors empty_gradients(const at::Tensor& sum, const at::Tensor& weight,
                             OptionalType update_dtype, bool affine) {
   const bool other = update_dtype && *update_dtype != sum.scalar_type();
-  const auto parameter = [&] {
-    return affine ? at::empty_symint(weight.sym_sizes(), weight.options())
-                  : at::empty({0}, weight.options());
-  };
   return {at::empty_symint(sum.sym_sizes(), sum.options()),
           other ? at::empty_symint(sum.sym_sizes(), sum.options().dtype(*update_dtype))
                 : at::empty({0}, sum.options()),
-          parameter(), parameter()};
+          empty_if(affine, weight.sym_sizes(), weight),
+          empty_if(affine, weight.sym_sizes(), weight)};
 }
 
 FourTensors residual_layer_norm_meta(const at::Tensor& x, const Optional& update,

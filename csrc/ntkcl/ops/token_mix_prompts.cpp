@@ -8,6 +8,7 @@
 #include "ntkcl/ops/element_type.h"
 #include "ntkcl/ops/residual_layer_norm.h"
 #include "ntkcl/ops/schema.h"
+#include "ntkcl/ops/wanted.h"
 
 // Torch's products and our LayerNorm. The tokens are never copied to take the carried prompts out:
 // the weight has columns of zeros for them instead.
@@ -15,7 +16,7 @@ namespace ntkcl::ops {
 namespace {
 
 using Optional = std::optional<at::Tensor>;
-using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using detail::FourTensors;
 using Wanted = std::array<bool, kPromptGradients>;
 
 constexpr const char* kOp = "token_mix_prompts";
@@ -111,20 +112,22 @@ FourTensors forward_meta(const at::Tensor& x, const at::Tensor& weight,
 }
 
 // What of the gradient of x does not go through the mixing: of the tokens that were inserted beside
-// the prompts, of the prompts that x carried, and what came from elsewhere. Undefined: nothing.
+// the prompts, of the prompts that x carried, and what came from elsewhere. A tensor of its own, to
+// be added to; undefined: nothing.
 at::Tensor direct_gradient(const at::Tensor& grad, const at::Tensor& of_prompts,
                            const Optional& x_grad, const PromptMixing& m) {
-  at::Tensor direct = x_grad.value_or(at::Tensor());
   if (m.insert) {
     const at::Tensor carried = m.carried > 0 ? of_prompts * m.scale : of_prompts.narrow(1, 0, 0);
     const at::Tensor own =
         at::cat({grad.narrow(1, 0, 1), carried, behind(grad, of_prompts.size(1))}, 1);
-    return direct.defined() ? own + direct : own;
+    return x_grad ? own + *x_grad : own;
   }
+  at::Tensor direct = x_grad ? x_grad->clone(at::MemoryFormat::Contiguous) : at::Tensor();
   if (m.carried > 0) {
-    const int64_t n = m.weight.size(1), b = of_prompts.size(0), c = of_prompts.size(2);
-    direct = direct.defined() ? direct.clone(at::MemoryFormat::Contiguous)
-                              : at::zeros({b, n + m.carried, c}, of_prompts.options());
+    if (!x_grad) {
+      direct = at::zeros({of_prompts.size(0), m.weight.size(1) + m.carried, of_prompts.size(2)},
+                         of_prompts.options());
+    }
     direct.narrow(1, 1, m.carried).add_(of_prompts, m.scale);
   }
   return direct;
@@ -139,8 +142,7 @@ FourTensors backward(const at::Tensor& grad, const Optional& x_grad, const at::T
   // A backward pass may run inside torch.autocast, which would change the products' types.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto [want_x, want_weight, want_norm_weight, want_norm_bias] = wanted;
-  const auto none = [&] { return at::empty({0}, x.options()); };
-  at::Tensor dx = none(), dweight = none();
+  at::Tensor dx = unwanted(x), dweight = unwanted(x);
 
   const at::Tensor of_prompts = insert ? grad.narrow(1, 1, weight.size(0)) : grad;
   const ResidualLayerNormGradients normed =
@@ -153,11 +155,11 @@ FourTensors backward(const at::Tensor& grad, const Optional& x_grad, const at::T
   }
   if (want_x) {
     const at::Tensor by_token = over_all_tokens(m).t().expand({x.size(0), -1, -1});
-    const at::Tensor direct = direct_gradient(grad, of_prompts, x_grad, m);
-    dx = direct.defined() ? at::baddbmm(direct, by_token, dmixed) : at::bmm(by_token, dmixed);
+    at::Tensor direct = direct_gradient(grad, of_prompts, x_grad, m);
+    dx = direct.defined() ? direct.baddbmm_(by_token, dmixed) : at::bmm(by_token, dmixed);
   }
-  return {dx, dweight, want_norm_weight ? normed.dweight : none(),
-          want_norm_bias ? normed.dbias : none()};
+  return {dx, dweight, want_norm_weight ? normed.dweight : unwanted(x),
+          want_norm_bias ? normed.dbias : unwanted(x)};
 }
 
 FourTensors backward_meta(const at::Tensor& grad, const Optional& x_grad, const at::Tensor& x,
@@ -167,11 +169,9 @@ FourTensors backward_meta(const at::Tensor& grad, const Optional& x_grad, const 
                           Wanted wanted) {
   check_backward(grad, x_grad, x, {{}, mixed, mean, norm_scale},
                  {weight, norm_weight, {}, carried, scale, 0, insert});
-  const auto like = [&](bool want, const at::Tensor& t) {
-    return want ? at::empty_symint(t.sym_sizes(), x.options()) : at::empty({0}, x.options());
-  };
-  return {like(wanted[0], x), like(wanted[1], weight), like(wanted[2], norm_weight),
-          like(wanted[3], norm_weight)};
+  return {empty_if(wanted[0], x.sym_sizes(), x), empty_if(wanted[1], weight.sym_sizes(), x),
+          empty_if(wanted[2], norm_weight.sym_sizes(), x),
+          empty_if(wanted[3], norm_weight.sym_sizes(), x)};
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "ntkcl/core/error.h"
+#include "ntkcl/ops/unit_rows.h"
 
 namespace ntkcl::stats {
 namespace {
@@ -33,10 +34,6 @@ at::Tensor rows(const at::Tensor& features, int64_t first) {
   return features.narrow(0, first, count).to(at::kDouble);
 }
 
-at::Tensor unit_rows(const at::Tensor& x) {
-  return x / x.norm(2, {1}, /*keepdim=*/true).clamp_min(1e-12);
-}
-
 // Squared distances of all pairs of rows, (k, D) and (n, D) -> (k, n).
 at::Tensor squared_distances(const at::Tensor& p, const at::Tensor& b) {
   const at::Tensor lengths = p.square().sum(1, true) + b.square().sum(1).unsqueeze(0);
@@ -50,7 +47,8 @@ at::Tensor all_squared_distances(const at::Tensor& prototypes, const at::Tensor&
   std::vector<at::Tensor> parts;
   for (int64_t first = 0; first < before.size(0); first += kChunk) {
     const at::Tensor b = rows(before, first);
-    parts.push_back(unit ? squared_distances(unit_rows(p), unit_rows(b)) : squared_distances(p, b));
+    parts.push_back(unit ? squared_distances(ops::unit_rows(p).unit, ops::unit_rows(b).unit)
+                         : squared_distances(p, b));
   }
   return at::cat(parts, 1);
 }
