@@ -219,6 +219,12 @@ RUNS: Mapping[str, Run] = {
     "corrected-float32": Run(
         "ntk-cl", "corrected", "every product in float32", _CIFAR100 | {"precision": "auto"}
     ),
+    "corrected-float8": Run(
+        "ntk-cl",
+        "corrected",
+        "the backbone's products of 8-bit numbers",
+        _CIFAR100 | {"precision": "float8"},
+    ),
     "corrected-patch": _corrected("patch sub-network alone", mode="patch"),
     "corrected-pretrained": _corrected(
         "with the plain backbone's section", pretrained_feature=True

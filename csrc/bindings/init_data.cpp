@@ -95,7 +95,7 @@ std::optional<std::pair<at::Tensor, at::Tensor>> next(Loader& loader) {
   if (!unlocked([&] { return loader.next(batch); })) {
     return std::nullopt;
   }
-  return std::pair{batch.images, batch.indices};
+  return unlocked([&] { return std::pair{batch.images_on(at::kCPU), batch.indices}; });
 }
 
 void init_stores(py::module_& m) {
@@ -149,14 +149,17 @@ void init_transform(py::module_& m) {
 void init_loader(py::module_& m) {
   py::class_<Loader>(m, "Loader", "Decodes and transforms batches ahead of their use.")
       .def(py::init([](std::shared_ptr<ImageStore> store, const Transform& transform,
-                       int64_t threads, int64_t prefetch, std::string on_corrupt) {
+                       int64_t threads, int64_t prefetch, std::string on_corrupt,
+                       std::string augment_on) {
              data::LoaderOptions options;
              options.threads = threads;
              options.prefetch = prefetch;
              options.on_corrupt = std::move(on_corrupt);
+             options.augment_on = std::move(augment_on);
              return std::make_unique<Loader>(std::move(store), transform, std::move(options));
            }),
-           "store"_a, "transform"_a, "threads"_a = 2, "prefetch"_a = 4, "on_corrupt"_a = "stop")
+           "store"_a, "transform"_a, "threads"_a = 2, "prefetch"_a = 4, "on_corrupt"_a = "stop",
+           "augment_on"_a = "threads")
       .def("start", &start, "view"_a, "indices"_a, "batch_size"_a, "key"_a,
            "Begins a pass; view is 'augmented' or 'test'.")
       .def("next", &next,

@@ -147,6 +147,7 @@ class Loader:
         threads: typing.SupportsInt | typing.SupportsIndex = 2,
         prefetch: typing.SupportsInt | typing.SupportsIndex = 4,
         on_corrupt: str = "stop",
+        augment_on: str = "threads",
     ) -> None: ...
     def next(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """

@@ -38,7 +38,7 @@ SEEDS_FILE = "seeds.toml"  # of a folder of runs that differ in their seed, see 
 PLACE_KEYS = frozenset(
     {
         *("output", "resume", "progress", "tensorboard", "data_root"),
-        *("loader_threads", "prefetch", "checkpoint_minutes", "checkpoint_steps"),
+        *("loader_threads", "prefetch", "augment_on", "checkpoint_minutes", "checkpoint_steps"),
     }
 )
 _VARIANT_NORMALIZE = {"release": "none", "corrected": "weights"}

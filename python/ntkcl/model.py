@@ -517,7 +517,7 @@ def _check_absent(folder: Path) -> None:
 def _with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
     """The configuration with other options of training."""
     group = {info["key"] for info in _C.describe_options()["train"]}
-    allowed = (group | {"loader_threads", "prefetch", "on_corrupt"}) - {
+    allowed = (group | {"loader_threads", "prefetch", "on_corrupt", "augment_on"}) - {
         *("initial_classes", "increment", "precision", "validation_fraction")
     }
     section = [option.key for option in options(config.method) if "." in option.key]

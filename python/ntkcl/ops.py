@@ -1,9 +1,9 @@
 """Differentiable operators of ntkcl, for use in any PyTorch model.
 
-Each runs on CPU and CUDA in float32, float64 and bfloat16 (computed with as float32), and works
-with autograd, autocast, ``torch.compile`` and fake tensors. They are ``torch.ops.ntkcl.*`` with
-argument names and documentation. Random numbers come from a key, not from torch's generators:
-equal keys give equal draws on every device, for any number of threads.
+Each runs on CPU and CUDA in float32, float64 and bfloat16 (computed with as float32) unless it
+says otherwise, and works with autograd, autocast, ``torch.compile`` and fake tensors. They are
+``torch.ops.ntkcl.*`` with argument names and documentation. Random numbers come from a key, not
+from torch's generators: equal keys give equal draws on every device, for any number of threads.
 
 Second derivatives are not implemented and raise an error.
 """
@@ -20,6 +20,7 @@ __all__ = [
     "composed_linear",
     "dissimilarity",
     "feature_fusion",
+    "float8_rows",
     "gelu",
     "parallel_adapter",
     "philox_keep_mask",
@@ -251,6 +252,30 @@ def feature_fusion(
         channel, patch, weight, bias, head_mask, p, value_scale, patch_scale
     )
     return fused
+
+
+def float8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as 8-bit floating point numbers, each with a scale that takes its largest entry to 448.
+
+    ``torch._scaled_mm`` multiplies such matrices on GPUs from sm_89 on.
+
+    Args:
+        x: (..., K), float32 or bfloat16. Not differentiable.
+
+    Returns:
+        values, float8_e4m3fn of x's shape, rounded to even; and scale, float32 (..., 1), 1 for a
+        row of zeros. x is about ``values * scale``: with an error of at most a 16th of an entry, or
+        of 2**-10 times the scale where that is larger. Not a number where x is not finite.
+
+    Raises:
+        ValueError: x is a scalar.
+        TypeError: The element type is not one of the above.
+        RuntimeError: A gradient of the result is asked for.
+
+    Source: Micikevicius et al. (arXiv 2209.05433), with a scale for each row.
+    """
+    values, scale = torch.ops.ntkcl.float8_rows(x)
+    return values, scale
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,43 @@ def load_all(loader: _C.Loader) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(images), torch.cat(indices)
 
 
+@pytest.mark.parametrize("kind", ["inception", "cifar", "cars", "resize"])
+@pytest.mark.parametrize("view", ["augmented", "test"])
+def test_views_made_by_a_device_are_those_of_the_threads(
+    tmp_path: Path, kind: str, view: str
+) -> None:
+    # Protects: resizing place by place, as a GPU does it, to the same bits: images of all shapes,
+    # larger and smaller than the view, of which rows or columns come first.
+    rng = np.random.default_rng(5)
+    sizes = [(9, 60), (60, 9), (24, 24), (1, 1), (300, 20), (20, 300), (97, 131), (7, 7), (256, 32)]
+    stored = []
+    for i, (height, width) in enumerate(sizes):
+        stored.append(str(tmp_path / f"{i}.png"))
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(stored[-1])
+    order = list(range(len(sizes))) * 3
+    found = []
+    for augment_on in ("threads", "device"):
+        loader = make_loader(file_store(stored), kind, augment_on=augment_on)
+        for key in (1, 2, 3):
+            loader.start(view, order, 4, key)
+            found.append(load_all(loader))
+    for (images, indices), (of_device, the_same) in zip(found[:3], found[3:], strict=True):
+        assert torch.equal(indices, the_same)
+        assert torch.equal(images, of_device)
+
+
+def test_corrupt_images_are_left_out_of_what_a_device_makes(paths: list[str]) -> None:
+    Path(paths[5]).write_bytes(b"no image")
+    found = []
+    for augment_on in ("threads", "device"):
+        loader = make_loader(file_store(paths), on_corrupt="skip", augment_on=augment_on)
+        loader.start("augmented", [4, 5, 6, 5], 2, 1)
+        found.append(load_all(loader))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1].tolist() == found[1][1].tolist() == [4, 6]
+
+
 @pytest.mark.parametrize("view", ["augmented", "test"])
 @pytest.mark.parametrize("prefetch", [1, 4, 100])
 def test_thread_count_changes_nothing(paths: list[str], view: str, prefetch: int) -> None:

@@ -1158,6 +1158,9 @@ def operator_samples(device="cpu"):
         results = (x, means, means, bias, update, affine)
         yield ops.residual_layer_norm_backward.default, (x, sum_grad, *results)
         yield ops.residual_layer_norm_backward.default, (half, sum_grad, *results)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield ops.float8_rows.default, (random(2, 3, 8, dtype=dtype).to(device),)
+        yield ops.float8_rows.default, (random(0, 4, dtype=dtype).to(device),)
     yield ops.philox_keep_mask.default, (key, [3, 5], P)
     yield ops.philox_keep_mask.default, (key, [0, 5], P)
     yield ops.section_cosine.default, (rows.t().contiguous().t(), prototypes, weights)

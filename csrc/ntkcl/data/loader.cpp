@@ -29,6 +29,9 @@ void write_planes(const Image& view, uint8_t* planes) {
 // A batch that the threads fill.
 struct PendingBatch {
   at::Tensor images;
+  // In the place of images, where the device makes the views.
+  std::vector<std::vector<uint8_t>> crops;
+  std::vector<ViewPlan> plans;
   std::vector<int64_t> indices;
   std::vector<std::exception_ptr> errors;  // one per image, null when it succeeded
   int64_t missing = 0;                     // images not done yet
@@ -111,6 +114,7 @@ class Loader::Impl {
     NTKCL_CHECK(index >= 0 && index < store_->size(), "Loader", "expected indices in 0 .. ",
                 store_->size() - 1, ", got ", index);
   }
+  bool on_device() const { return options_.augment_on == "device"; }
   int64_t total() const { return static_cast<int64_t>(indices_.size()); }
 
   // Adds the next batch to those to be filled, if one is left. The lock is held, or no thread runs.
@@ -121,8 +125,13 @@ class Loader::Impl {
     }
     const int64_t size = transform_.image_size();
     PendingBatch batch;
-    batch.images =
-        at::empty({count, 3, size, size}, at::dtype(at::kByte).pinned_memory(options_.pin_memory));
+    if (on_device()) {
+      batch.crops.resize(count);
+      batch.plans.resize(count);
+    } else {
+      batch.images = at::empty({count, 3, size, size},
+                               at::dtype(at::kByte).pinned_memory(options_.pin_memory));
+    }
     batch.indices.assign(indices_.begin() + opened_, indices_.begin() + opened_ + count);
     batch.errors.resize(count);
     batch.missing = count;
@@ -166,13 +175,28 @@ class Loader::Impl {
     return kept;
   }
 
-  static LoadedBatch assemble(const PendingBatch& batch, const std::vector<int64_t>& kept) {
+  LoadedBatch assemble(PendingBatch& batch, const std::vector<int64_t>& kept) const {
     at::Tensor indices = at::tensor(batch.indices, at::kLong);
+    if (on_device()) {
+      return assemble_raw(batch, kept, indices);
+    }
     if (kept.size() == batch.indices.size()) {
       return {batch.images, indices};
     }
     const at::Tensor rows = at::tensor(kept, at::kLong);
     return {batch.images.index_select(0, rows), indices.index_select(0, rows)};
+  }
+
+  LoadedBatch assemble_raw(PendingBatch& batch, const std::vector<int64_t>& kept,
+                           const at::Tensor& indices) const {
+    std::vector<std::vector<uint8_t>> crops;
+    std::vector<ViewPlan> plans;
+    for (const int64_t i : kept) {
+      crops.push_back(std::move(batch.crops[i]));
+      plans.push_back(batch.plans[i]);
+    }
+    return {at::Tensor(), indices.index_select(0, at::tensor(kept, at::kLong)),
+            RawViews(crops, plans, transform_.image_size(), options_.pin_memory)};
   }
 
   void work() {
@@ -198,9 +222,16 @@ class Loader::Impl {
     try {
       const int64_t index = batch.indices[i];
       const Image image = store_->load(index);
-      const Image view = view_ == View::kAugmented
-                             ? transform_.train(image, philox_subkey(key_, index))
-                             : transform_.test(image);
+      const ViewPlan plan =
+          view_ == View::kAugmented
+              ? transform_.plan_train(image.height, image.width, philox_subkey(key_, index))
+              : transform_.plan_test(image.height, image.width);
+      if (on_device()) {
+        batch.crops[i] = crop_of(image, plan);
+        batch.plans[i] = plan;
+        return;
+      }
+      const Image view = transform_.make_view(image, plan);
       const int64_t bytes = batch.images.stride(0);
       write_planes(view, batch.images.mutable_data_ptr<uint8_t>() + i * bytes);
     } catch (...) {
@@ -241,6 +272,10 @@ class Loader::Impl {
   int64_t delivered_ = 0;  // batches handed out
   bool stop_ = true;
 };
+
+at::Tensor LoadedBatch::images_on(at::Device device) const {
+  return raw ? raw->on(device) : images.to(device, /*non_blocking=*/device.is_cuda());
+}
 
 Loader::Loader(std::shared_ptr<const ImageStore> store, Transform transform, LoaderOptions options)
     : impl_(std::make_unique<Impl>(std::move(store), std::move(transform), std::move(options))) {}

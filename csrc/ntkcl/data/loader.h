@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include "ntkcl/core/options.h"
 #include "ntkcl/data/image_store.h"
 #include "ntkcl/data/transform.h"
+#include "ntkcl/data/views.h"
 
 namespace ntkcl::data {
 
@@ -19,6 +21,7 @@ struct LoaderOptions {
   int64_t threads = 2;
   int64_t prefetch = 4;
   std::string on_corrupt = "stop";
+  std::string augment_on = "threads";
   bool pin_memory = false;  // not an option of users: set by who copies batches to a GPU
 
   template <class Visitor>
@@ -27,12 +30,19 @@ struct LoaderOptions {
     v("prefetch", prefetch, at_least(1).at_most(1024), "batches prepared ahead");
     v("on_corrupt", on_corrupt, one_of({"stop", "skip"}),
       "what to do with an image that cannot be decoded; skipped ones are counted and named");
+    v("augment_on", augment_on, one_of({"threads", "device"}),
+      "who crops, resizes and mirrors decoded images: the loader's threads, or the device, which "
+      "is to be a GPU; to the same bits");
   }
 };
 
 struct LoadedBatch {
-  at::Tensor images;   // uint8 (b, 3, S, S), contiguous
+  at::Tensor images;   // uint8 (b, 3, S, S), contiguous; undefined where the device augments
   at::Tensor indices;  // int64 (b), into the store
+  std::optional<RawViews> raw{};
+
+  // uint8 (b, 3, S, S). From pinned memory nothing waits for the copy.
+  at::Tensor images_on(at::Device device) const;
 };
 
 // Reads, decodes and transforms batches ahead of their use.

@@ -11,7 +11,6 @@ namespace {
 
 using kernels::Box;
 using kernels::Filter;
-using kernels::ImageView;
 using kernels::Window;
 
 constexpr int kCropTries = 10;
@@ -63,32 +62,22 @@ Image square(int64_t size) {
   return {size, size, std::vector<uint8_t>(static_cast<size_t>(3 * size * size))};
 }
 
-Image resize_square(const ImageView& view, Filter filter, int64_t size) {
-  Image result = square(size);
-  kernels::resample(view, filter, size, size, result.pixels.data());
-  return result;
-}
-
-// The size x size part at (top, left) of the view resized to height x width, bicubic.
-Image resize_and_crop(const ImageView& view, int64_t height, int64_t width, int64_t top,
-                      int64_t left, int64_t size) {
-  Image result = square(size);
-  const Box whole{0, 0, static_cast<float>(view.width), static_cast<float>(view.height)};
-  kernels::resample(view, whole, Filter::kBicubic, height, width, {top, left, size, size},
-                    result.pixels.data());
-  return result;
+// The whole of `crop`, resized to size x size.
+ViewPlan resize_square(const Window& crop, Filter filter, int64_t size) {
+  return {.crop = crop, .height = size, .width = size, .filter = filter};
 }
 
 // torchvision's Resize(short_side) and CenterCrop(size); size <= short_side.
-Image short_side_center_crop(const Image& image, int64_t short_side, int64_t size) {
-  const auto [low, high] = std::minmax(image.height, image.width);
+ViewPlan short_side_center_crop(const Window& whole, int64_t short_side, int64_t size) {
+  const auto [low, high] = std::minmax(whole.height, whole.width);
   const auto long_side =
       static_cast<int64_t>(static_cast<double>(short_side * high) / static_cast<double>(low));
-  const int64_t height = image.height <= image.width ? short_side : long_side;
-  const int64_t width = image.height <= image.width ? long_side : short_side;
-  return resize_and_crop(image.view(), height, width,
-                         round_even(static_cast<double>(height - size) / 2.0),
-                         round_even(static_cast<double>(width - size) / 2.0), size);
+  ViewPlan plan{.crop = whole};
+  plan.height = whole.height <= whole.width ? short_side : long_side;
+  plan.width = whole.height <= whole.width ? long_side : short_side;
+  plan.top = round_even(static_cast<double>(plan.height - size) / 2.0);
+  plan.left = round_even(static_cast<double>(plan.width - size) / 2.0);
+  return plan;
 }
 
 void flip_columns(Image& image) {
@@ -121,40 +110,59 @@ Transform::Transform(TransformOptions options) : options_(std::move(options)) {
   apply(values_of(options_), options_, "transform");
 }
 
-Image Transform::train(const Image& image, uint64_t key) const {
+ViewPlan Transform::plan_train(int64_t height, int64_t width, uint64_t key) const {
   const int64_t size = options_.image_size;
   if (options_.kind == "resize") {
-    return test(image);
+    return plan_test(height, width);
   }
   PhiloxStream draws(key);
   const bool cifar = options_.kind == "cifar";
-  Image view;
+  ViewPlan plan;
   if (options_.kind == "cars") {
     const int64_t side = scaled(size, 300);
-    const auto top = static_cast<int64_t>(draws.below(side - size + 1));
-    const auto left = static_cast<int64_t>(draws.below(side - size + 1));
-    view = resize_and_crop(image.view(), side, side, top, left, size);
+    plan = {.crop = {0, 0, height, width}, .height = side, .width = side};
+    plan.top = static_cast<int64_t>(draws.below(side - size + 1));
+    plan.left = static_cast<int64_t>(draws.below(side - size + 1));
   } else {
-    const Window crop = random_crop(image.height, image.width, cifar ? 0.08 : 0.05, draws);
-    view = resize_square(image.view().crop(crop.top, crop.left, crop.height, crop.width),
+    plan = resize_square(random_crop(height, width, cifar ? 0.08 : 0.05, draws),
                          cifar ? Filter::kBicubic : Filter::kBilinear, size);
   }
-  if (draws.uniform() < 0.5) {
+  plan.mirrored = draws.uniform() < 0.5;
+  if (cifar) {
+    plan.brightness = static_cast<float>(uniform(draws, 1.0 - kBrightness, 1.0 + kBrightness));
+  }
+  return plan;
+}
+
+ViewPlan Transform::plan_test(int64_t height, int64_t width) const {
+  const int64_t size = options_.image_size;
+  const Window whole{0, 0, height, width};
+  return options_.kind == "resize" ? resize_square(whole, Filter::kBicubic, size)
+                                   : short_side_center_crop(whole, scaled(size, 256), size);
+}
+
+Image Transform::make_view(const Image& image, const ViewPlan& plan) const {
+  const auto& [top, left, height, width] = plan.crop;
+  const int64_t size = options_.image_size;
+  Image view = square(size);
+  const Box whole{0, 0, static_cast<float>(width), static_cast<float>(height)};
+  kernels::resample(image.view().crop(top, left, height, width), whole, plan.filter, plan.height,
+                    plan.width, {plan.top, plan.left, size, size}, view.pixels.data());
+  if (plan.mirrored) {
     flip_columns(view);
   }
-  if (cifar) {
-    scale_brightness(view,
-                     static_cast<float>(uniform(draws, 1.0 - kBrightness, 1.0 + kBrightness)));
+  if (plan.brightness != 1.0f) {
+    scale_brightness(view, plan.brightness);
   }
   return view;
 }
 
+Image Transform::train(const Image& image, uint64_t key) const {
+  return make_view(image, plan_train(image.height, image.width, key));
+}
+
 Image Transform::test(const Image& image) const {
-  const int64_t size = options_.image_size;
-  if (options_.kind == "resize") {
-    return resize_square(image.view(), Filter::kBicubic, size);
-  }
-  return short_side_center_crop(image, scaled(size, 256), size);
+  return make_view(image, plan_test(image.height, image.width));
 }
 
 }  // namespace ntkcl::data

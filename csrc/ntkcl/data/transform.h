@@ -20,6 +20,16 @@ struct TransformOptions {
   }
 };
 
+// A view of an image: a rectangle of it is resized, a square of that kept, mirrored, made brighter.
+struct ViewPlan {
+  kernels::Window crop;           // of the image
+  int64_t height = 0, width = 0;  // to which it is resized
+  int64_t top = 0, left = 0;      // where the square begins
+  kernels::Filter filter = kernels::Filter::kBicubic;
+  bool mirrored = false;
+  float brightness = 1;
+};
+
 // Crops and resizes to S x S, S = image_size, on 8-bit pixels as torchvision does on PIL images
 // (NTK-CL section 6, LoRAC-IPC section 10, RAA section 6).
 //
@@ -43,6 +53,10 @@ class Transform {
   // Random views; the same key gives the same view.
   Image train(const Image& image, uint64_t key) const;
   Image test(const Image& image) const;
+  // The same in two parts: what is done to an image of this size, and doing it.
+  ViewPlan plan_train(int64_t height, int64_t width, uint64_t key) const;
+  ViewPlan plan_test(int64_t height, int64_t width) const;
+  Image make_view(const Image& image, const ViewPlan& plan) const;
 
  private:
   TransformOptions options_;

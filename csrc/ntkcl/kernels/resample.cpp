@@ -5,37 +5,10 @@
 #include <cstring>
 #include <vector>
 
+#include "ntkcl/kernels/resample_axis.h"
+
 namespace ntkcl::kernels {
 namespace {
-
-// 8 bits of a pixel and 2 of headroom for negative lobes leave 22 for the fraction of a weight.
-constexpr int kFractionBits = 32 - 8 - 2;
-constexpr int32_t kHalf = 1 << (kFractionBits - 1);
-
-double bilinear(double x) {
-  x = std::abs(x);
-  return x < 1.0 ? 1.0 - x : 0.0;
-}
-
-// Keys' cubic with a = -0.5.
-double bicubic(double x) {
-  constexpr double a = -0.5;
-  x = std::abs(x);
-  if (x < 1.0) {
-    return ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0;
-  }
-  return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * a : 0.0;
-}
-
-// Pillow's rounding of a position, by truncation.
-int64_t rounded(double position) {
-  return static_cast<int64_t>(position + 0.5);  // NOLINT(bugprone-incorrect-roundings)
-}
-
-int32_t fixed_point(double weight) {
-  const double scaled = weight * (1 << kFractionBits);
-  return static_cast<int32_t>(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
-}
 
 // What consecutive output positions of one axis read.
 struct Axis {
@@ -48,40 +21,23 @@ struct Axis {
   std::vector<int32_t> weights;  // (outputs, stride)
 };
 
-// Outputs begin .. begin+n-1, of out_size over [low, high) of an axis of in_size.
-Axis make_axis(int64_t in_size, float low, float high, int64_t out_size, Filter filter,
-               int64_t begin, int64_t n) {
+// Outputs begin .. begin+n-1.
+Axis make_axis(const AxisMap& map, int64_t begin, int64_t n) {
   Axis axis;
-  if (low == std::floor(low) && high - low == static_cast<float>(out_size)) {
+  if (map.low == std::floor(map.low) && map.high - map.low == static_cast<float>(map.out_size)) {
     axis.shifts = true;
-    axis.first_input = static_cast<int64_t>(low) + begin;
+    axis.first_input = static_cast<int64_t>(map.low) + begin;
     axis.inputs = n;
     return axis;
   }
-  const double scale = static_cast<double>(high - low) / static_cast<double>(out_size);
-  const double filter_scale = std::max(scale, 1.0);
-  const double support = (filter == Filter::kBilinear ? 1.0 : 2.0) * filter_scale;
-  const double inverse = 1.0 / filter_scale;
-  axis.stride = 2 * static_cast<int64_t>(std::ceil(support)) + 1;
+  axis.stride = map.most_taps();
   axis.first.resize(n);
   axis.count.resize(n);
   axis.weights.resize(n * axis.stride);
-  std::vector<double> exact(axis.stride);
   for (int64_t i = 0; i < n; ++i) {
-    const double center = low + (static_cast<double>(begin + i) + 0.5) * scale;
-    const auto first = std::max<int64_t>(rounded(center - support), 0);
-    const auto last = std::min(rounded(center + support), in_size);
-    double sum = 0.0;
-    for (int64_t x = first; x < last; ++x) {
-      const double at = (static_cast<double>(x) - center + 0.5) * inverse;
-      exact[x - first] = filter == Filter::kBilinear ? bilinear(at) : bicubic(at);
-      sum += exact[x - first];
-    }
-    for (int64_t k = 0; k < last - first; ++k) {
-      axis.weights[i * axis.stride + k] = fixed_point(sum != 0.0 ? exact[k] / sum : exact[k]);
-    }
-    axis.first[i] = first;
-    axis.count[i] = last - first;
+    const Span span = write_weights(map, begin + i, axis.weights.data() + i * axis.stride);
+    axis.first[i] = span.first;
+    axis.count[i] = span.count;
   }
   axis.first_input = axis.first.front();
   axis.inputs = axis.first.back() + axis.count.back() - axis.first_input;
@@ -193,7 +149,7 @@ NTKCL_INLINE void row_of(const uint8_t* input, int64_t row_bytes, const int32_t*
     for (int64_t k = 0; k < count; ++k) {
       sum += input[k * row_bytes + x] * weights[k];
     }
-    output[x] = static_cast<uint8_t>(std::clamp(sum >> kFractionBits, 0, 255));
+    output[x] = pixel_of(sum);
   }
 }
 
@@ -238,11 +194,6 @@ Passes choose_passes() {
   return {columns_baseline, rows_baseline};
 }
 
-// Pillow's choice since version 13, from the whole input whatever the box.
-bool rows_come_first(const ImageView& input, int64_t height, int64_t width) {
-  return input.height > height && input.height - height > 2 * (input.width - width);
-}
-
 void copy_rows(const ImageView& input, uint8_t* output) {
   for (int64_t y = 0; y < input.height; ++y) {
     std::memcpy(output + 3 * y * input.width, input.pixels + y * input.row_bytes, 3 * input.width);
@@ -258,9 +209,9 @@ void resample(const ImageView& input, const Box& box, Filter filter, int64_t hei
     return;
   }
   const Axis x =
-      make_axis(input.width, box.left, box.right, width, filter, window.left, window.width);
+      make_axis({box.left, box.right, input.width, width, filter}, window.left, window.width);
   const Axis y =
-      make_axis(input.height, box.top, box.bottom, height, filter, window.top, window.height);
+      make_axis({box.top, box.bottom, input.height, height, filter}, window.top, window.height);
   const ImageView view = input.crop(y.first_input, x.first_input, y.inputs, x.inputs);
 
   // At most one pass.
@@ -275,7 +226,7 @@ void resample(const ImageView& input, const Box& box, Filter filter, int64_t hei
 
   // Two.
   std::vector<uint8_t> between;
-  if (rows_come_first(input, height, width)) {
+  if (rows_come_first(input.height, input.width, height, width)) {
     between.resize(3 * window.height * view.width);
     passes.rows(view, y, between.data());
     passes.columns({between.data(), window.height, view.width, 3 * view.width}, x, output);

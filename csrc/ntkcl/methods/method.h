@@ -123,6 +123,10 @@ class Method {
   // Fills .grad of the trained parameters, which come without gradients. One left undefined is
   // zero. Losses are of the whole batch: see Batch::whole.
   virtual Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) = 0;
+  // Whether gradients() does the same with every full batch of these steps of a task, but for
+  // numbers that come from the batch, the parameters and RandomSource::placed: then what it starts
+  // can be replayed. `step`'s pass may still make a difference.
+  virtual bool repeats(const StepInfo&) const { return false; }
   // What follows training, in order: merging, statistics, alignment.
   virtual std::vector<std::string> stages(const TaskInfo& task) const = 0;
   virtual void run_stage(const std::string& stage, TaskServices& services) = 0;

@@ -104,6 +104,11 @@ at::Tensor RandomSource::dropout_key(const Draw& draw) {
   return at::scalar_tensor(std::bit_cast<int64_t>(key(draw)), at::kLong);
 }
 
+at::Tensor RandomSource::placed(const Draw& draw, at::Device device, const Make& make) {
+  const at::Tensor value = make(*this, draw);
+  return device.is_cuda() ? value.pin_memory().to(device, /*non_blocking=*/true) : value.to(device);
+}
+
 at::Tensor RandomSource::keep_mask(const Draw& draw, at::IntArrayRef sizes, double p,
                                    at::Device device) {
   if (auto given = recorded(draw)) {

@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/CPUAllocator.h>
 
+#include "ntkcl/core/error.h"
 #include "ntkcl/nn/held.h"
 #include "ntkcl/ops/gelu.h"
 
@@ -22,6 +23,19 @@ c10::TypedOperatorHandle<Signature> mkldnn(const char* name) {
 bool has_bfloat16() {
   static const bool has = mkldnn<bool()>("mkldnn::_is_mkldnn_bf16_supported").call();
   return has;
+}
+
+// MKL multiplies wide float32 matrices faster on Intel's processors, and on no other's. Narrow ones
+// gain more from a bias and GELU inside oneDNN's product.
+bool mkl_is_faster(const at::Tensor& weight) {
+#if defined(__x86_64__)
+  constexpr int64_t kWide = int64_t{512} * 512;
+  static const bool intel = __builtin_cpu_is("intel");
+  return intel && at::hasMKL() && weight.numel() >= kWide;
+#else
+  (void)weight;
+  return false;
+#endif
 }
 
 // oneDNN frees a packed weight through whatever allocator torch has then, so it must come from
@@ -56,6 +70,27 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& packed, const at::Tens
                  activation, c10::List<std::optional<at::Scalar>>(), "none");
 }
 
+// x W^T + b of rows quantised, in x's type; the weight's are.
+at::Tensor float8_product(const at::Tensor& x, const ops::Float8Rows& weight,
+                          const at::Tensor& bias) {
+  const int64_t out = weight.values.size(0);
+  const ops::Float8Rows rows = ops::float8_rows(x.reshape({-1, x.size(-1)}));
+  auto sizes = x.sizes().vec();
+  sizes.back() = out;
+  if (x.is_cuda()) {
+    return at::_scaled_mm(rows.values, weight.values.t(), rows.scale, weight.scale.t(),
+                          bias.defined() ? std::optional(bias) : std::nullopt, std::nullopt,
+                          x.scalar_type())
+        .view(sizes);
+  }
+  at::Tensor y = at::mm(rows.values.to(at::kFloat), weight.values.to(at::kFloat).t());
+  y.mul_(rows.scale).mul_(weight.scale.t());
+  if (bias.defined()) {
+    y.add_(bias);
+  }
+  return y.to(x.scalar_type()).view(sizes);
+}
+
 struct FrozenLinearFunction : torch::autograd::Function<FrozenLinearFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x,
                             const FrozenLinear& linear) {
@@ -75,10 +110,16 @@ at::Tensor FrozenLinear::operator()(const at::Tensor& x) const {
   if (differentiates(x)) {
     return FrozenLinearFunction::apply(x, *this);
   }
+  if (float8.values.defined()) {
+    return float8_product(x, float8, bias);
+  }
   return uses_packed(x) ? product(x, packed, bias, "none") : at::linear(x, weight, bias);
 }
 
 at::Tensor FrozenLinear::input_gradient(const at::Tensor& grad) const {
+  if (float8.values.defined()) {
+    return float8_product(grad, float8_transposed, {});
+  }
   return uses_packed(grad) ? product(grad, packed_transposed, {}, "none")
                            : at::matmul(grad, weight);
 }
@@ -92,15 +133,25 @@ FrozenLinear FrozenLinear::outputs(int64_t first, int64_t count) const {
 }
 
 FrozenLinear FrozenLinear::pack(int64_t rows) const {
-  const bool packs = weight.is_cpu() && at::globalContext().userEnabledMkldnn() &&
-                     (weight.scalar_type() == at::kFloat ||
-                      (weight.scalar_type() == at::kBFloat16 && has_bfloat16()));
+  const at::ScalarType type = weight.scalar_type();
+  const bool packs =
+      weight.is_cpu() && at::globalContext().userEnabledMkldnn() &&
+      ((type == at::kFloat && !mkl_is_faster(weight)) || (type == at::kBFloat16 && has_bfloat16()));
   if (!packs) {
     return *this;
   }
   FrozenLinear copy = *this;
   copy.packed = reorder(weight, rows);
   copy.packed_transposed = reorder(weight.t(), rows);
+  return copy;
+}
+
+FrozenLinear FrozenLinear::quantise() const {
+  NTKCL_CHECK(weight.size(0) % 16 == 0 && weight.size(1) % 16 == 0, "float8",
+              "expected frozen matrices with sides that are multiples of 16, got ", weight.sizes());
+  FrozenLinear copy = *this;
+  copy.float8 = ops::float8_rows(weight);
+  copy.float8_transposed = ops::float8_rows(weight.t());
   return copy;
 }
 

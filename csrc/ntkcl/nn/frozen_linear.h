@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "ntkcl/ops/float8_rows.h"
+
 namespace ntkcl::nn {
 
 // y = x W^T + b with a weight that is never trained: no gradient but that of x, and nothing kept
@@ -12,11 +14,16 @@ namespace ntkcl::nn {
 // Note: packed, W and W^T lie in the layout that oneDNN's product of this processor wants, beside
 // the weight itself, and the bias is added inside the product. The choice depends on the processor
 // alone, never on a measurement, so that results do not change from run to run.
+//
+// Quantised, both factors of a product are 8-bit floating point numbers with a scale a row of x
+// and of W, or of the gradient and of W^T, added up in float32 (ops/float8_rows.h). GPUs from sm_89
+// on multiply such; elsewhere the same numbers are multiplied in float32.
 struct FrozenLinear {
   at::Tensor weight{};  // (out, in)
   at::Tensor bias{};    // (out)
   // Undefined: torch's own product.
   at::Tensor packed{}, packed_transposed{};
+  ops::Float8Rows float8{}, float8_transposed{};
 
   // (..., in) -> (..., out)
   at::Tensor operator()(const at::Tensor& x) const;
@@ -30,6 +37,8 @@ struct FrozenLinear {
   // On the CPU, in float32 and, where the processor computes with it, bfloat16; else as it is.
   // `rows`: about how many rows of x there will be.
   FrozenLinear pack(int64_t rows) const;
+  // ValueError for sides that are no multiples of 16.
+  FrozenLinear quantise() const;
 
  private:
   bool uses_packed(const at::Tensor& x) const { return packed.defined() && x.numel() > 0; }

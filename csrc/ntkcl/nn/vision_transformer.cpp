@@ -214,7 +214,7 @@ VisionTransformer VisionTransformer::to(at::ScalarType dtype, at::Device device,
     }
   }
   copy.split_last_projection();
-  copy.packed_ = false;
+  copy.matrices_ = Matrices::kPlain;
   if (given_.empty()) {
     for (int64_t l = 0; l < depth(); ++l) {
       copy.given_.push_back(weights(l));
@@ -226,7 +226,7 @@ VisionTransformer VisionTransformer::to(at::ScalarType dtype, at::Device device,
 VisionTransformer VisionTransformer::packed() const {
   constexpr int64_t kImages = 16;  // a usual batch
   VisionTransformer copy = *this;
-  copy.packed_ = true;
+  copy.matrices_ = Matrices::kPacked;
   for (Block& block : copy.blocks_) {
     const bool last = &block == &copy.blocks_.back();
     const int64_t tokens_after_attention = last ? 1 : tokens();
@@ -241,6 +241,20 @@ VisionTransformer VisionTransformer::packed() const {
       block.qkv = block.qkv.pack(kImages * tokens());
     }
   }
+  return copy;
+}
+
+VisionTransformer VisionTransformer::quantised() const {
+  VisionTransformer copy = *this;
+  copy.matrices_ = Matrices::kQuantised;
+  for (Block& b : copy.blocks_) {
+    for (FrozenLinear* linear : {&b.qkv, &b.proj, &b.mlp.fc1, &b.mlp.fc2}) {
+      *linear = linear->quantise();
+    }
+  }
+  Block& last = copy.blocks_.back();
+  last.query = last.query.quantise();
+  last.key_value = last.key_value.quantise();
   return copy;
 }
 
@@ -267,7 +281,14 @@ VisionTransformer VisionTransformer::with_weights(const std::vector<BlockTensors
   }
   copy.split_last_projection();
   copy.given_.clear();
-  return packed_ ? copy.packed() : copy;
+  switch (matrices_) {
+    case Matrices::kPacked:
+      return copy.packed();
+    case Matrices::kQuantised:
+      return copy.quantised();
+    default:
+      return copy;
+  }
 }
 
 VisionTransformer VisionTransformer::with_final_norm(const at::Tensor& weight,

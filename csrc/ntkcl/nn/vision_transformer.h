@@ -72,10 +72,13 @@ class VisionTransformer {
   // With the blocks' matrices in the layouts that the processor's products want: faster on the CPU
   // by a tenth or more, for twice the memory of the matrices beside them. See FrozenLinear.
   VisionTransformer packed() const;
+  // With the blocks' products of 8-bit floating point numbers. See FrozenLinear. ValueError for
+  // a width that is no multiple of 16.
+  VisionTransformer quantised() const;
   // Whose MLPs keep less for the backward pass. See FrozenMlp.
   VisionTransformer recomputing(bool recompute) const;
   // With other matrices in its first blocks, of any type; an undefined one stays as it is. Packed
-  // where this one is.
+  // or quantised where this one is.
   VisionTransformer with_weights(const std::vector<BlockTensors>& weights) const;
   // With another final LayerNorm (C), (C).
   VisionTransformer with_final_norm(const at::Tensor& weight, const at::Tensor& bias) const;
@@ -131,7 +134,8 @@ class VisionTransformer {
   at::Tensor patch_weight_, patch_bias_, class_token_, position_, norm_weight_, norm_bias_;
   std::vector<Block> blocks_;
   std::vector<BlockTensors> given_;  // matrices before `to`; empty: those of the blocks
-  bool packed_ = false;
+  enum class Matrices { kPlain, kPacked, kQuantised };
+  Matrices matrices_ = Matrices::kPlain;
 };
 
 // What a pass saw, for tests and for looking inside: block outputs and generated prompts.

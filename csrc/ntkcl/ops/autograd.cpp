@@ -476,6 +476,7 @@ TORCH_LIBRARY_IMPL(ntkcl, Autograd, m) {
   m.impl("section_cosine", &section_cosine_autograd);
   m.impl("signed_projection", &signed_projection_autograd);
   m.impl("token_mix_prompts", &token_mix_prompts_autograd);
+  m.impl("float8_rows", torch::autograd::autogradNotImplementedFallback());
   // Second derivatives are an error when asked for, not silently zero.
   for (const char* op :
        {"attention_backward", "bias_relu_dropout_backward", "composed_linear_backward",

@@ -53,6 +53,7 @@ TORCH_LIBRARY(ntkcl, m) {
       "feature_fusion_backward(Tensor grad, Tensor channel, Tensor weight, Tensor? head_mask,"
       " float p, float value_scale, float patch_scale, bool[4] wanted)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("float8_rows(Tensor x) -> (Tensor, Tensor)");
   m.def("gelu(Tensor x) -> Tensor");
   m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
   m.def(

@@ -37,7 +37,7 @@ at::ScalarType resolve_precision(const std::string& name) {
 }
 
 std::optional<at::ScalarType> resolve_products(const std::string& name) {
-  return name == "bfloat16" ? std::optional(at::kBFloat16) : std::nullopt;
+  return name == "bfloat16" || name == "float8" ? std::optional(at::kBFloat16) : std::nullopt;
 }
 
 nn::VisionTransformer prepare_backbone(const nn::VisionTransformer& backbone,
@@ -47,6 +47,9 @@ nn::VisionTransformer prepare_backbone(const nn::VisionTransformer& backbone,
           .to(resolve_precision(options.precision), resolve_device(options.device),
               resolve_products(options.precision))
           .recomputing(options.recompute);
+  if (options.precision == "float8") {
+    return vit.quantised();
+  }
   return options.cpu_matmul == "auto" ? vit.packed() : vit;
 }
 

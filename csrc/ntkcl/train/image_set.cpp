@@ -154,15 +154,17 @@ bool ImageSet::next(methods::Batch& batch) {
   }
   const at::Tensor numbers = reads_own_rows_ ? next_numbers() : loaded.indices;
   const int64_t n = numbers.size(0);
-  at::Tensor labels = at::empty({n}, at::kLong);
+  const at::Device device = normalization_.device();
+  at::Tensor labels = at::empty({n}, at::TensorOptions(at::kLong).pinned_memory(device.is_cuda()));
   int64_t* out = labels.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < n; ++i) {
     const auto image = static_cast<size_t>(numbers.const_data_ptr<int64_t>()[i]);
     out[i] = class_number_[static_cast<size_t>(store_->labels()[image])];
   }
   const dist::Rows rows(ranks_, n);
-  const at::Tensor own = reads_own_rows_ ? loaded.images : rows.own(loaded.images);
-  batch = {normalization_(own), labels.to(normalization_.device()), numbers, rows};
+  const at::Tensor images = loaded.images_on(device);
+  const at::Tensor own = reads_own_rows_ ? images : rows.own(images);
+  batch = {normalization_(own), labels.to(device, /*non_blocking=*/true), numbers, rows};
   return true;
 }
 

@@ -24,6 +24,7 @@ struct TrainOptions {
   int64_t threads = 0;
   std::string cpu_matmul = "auto";
   bool recompute = false;
+  bool cuda_graph = false;
   double checkpoint_minutes = 5;
   int64_t checkpoint_steps = 0;
   bool forward_transfer = false;
@@ -49,9 +50,11 @@ struct TrainOptions {
     v("seed", seed, at_least(0), "seed of the class order and of every random draw");
     v("device", device, one_of({"auto", "cpu", "cuda"}),
       "where to compute; auto: CUDA where there is a GPU");
-    v("precision", precision, one_of({"auto", "float32", "float64", "bfloat16"}),
+    v("precision", precision, one_of({"auto", "float32", "float64", "bfloat16", "float8"}),
       "dtype of all arithmetic; auto: float32; bfloat16: weights and activations inside the frozen "
-      "attention and MLP, all else float32, for processors with bfloat16 instructions");
+      "attention and MLP, all else float32, for processors with bfloat16 instructions; float8: as "
+      "bfloat16, and the frozen matrices' products of 8-bit floating point numbers, for GPUs from "
+      "sm_89 on; elsewhere the same numbers, slowly");
     v("deterministic", deterministic, anything(),
       "bit-equal results for the same seed, device, build and thread count");
     v("threads", threads, at_least(0), "CPU threads of the arithmetic; 0: torch's default");
@@ -62,6 +65,10 @@ struct TrainOptions {
     v("recompute", recompute, anything(),
       "keep less for the backward pass and compute the activations of MLPs without LoRA anew: "
       "about half the memory of a step for a tenth more time");
+    v("cuda_graph", cuda_graph, anything(),
+      "run the training steps of full batches as CUDA graphs (methods whose steps repeat: not "
+      "lorac-ipc, none with several ranks); on the CPU the same steps from the same buffers, no "
+      "faster");
     v("checkpoint_minutes", checkpoint_minutes, at_least(0),
       "minutes of training after which a checkpoint is written, as after each task's training and "
       "after each task; 0: only there");

@@ -58,7 +58,7 @@ void Predictor::for_each_batch(std::shared_ptr<const data::ImageStore> images,
   loader.start(data::View::kTest, std::move(all), options_.evaluation_batch_size, 0);
   data::LoadedBatch batch;
   while (loader.next(batch)) {
-    fn(normalization_(batch.images));
+    fn(normalization_(batch.images_on(normalization_.device())));
   }
 }
 

@@ -165,6 +165,7 @@ void Trainer::run_task() {
   }
   if (optimizer_) {
     train_task();
+    replay_.reset();
     optimizer_.reset();
   }
   for (const std::string& stage : method_->stages(info_)) {
@@ -249,6 +250,14 @@ void Trainer::begin_training() {
   }
   progress_.trainable_parameters = std::max(progress_.trainable_parameters, trained);
   optimizer_ = groups.empty() ? nullptr : optim::make_optimizer(options_.optimizer, groups);
+  replay_.reset();
+  if (optimizer_ && options_.cuda_graph && ranks_->size() == 1) {
+    replay_ = std::make_unique<StepReplay>(
+        *method_, *random_, optimizer_->groups(), options_.batch_size, vit_.options().device(),
+        [this](const methods::Batch& batch, const methods::StepInfo& step) {
+          return method_->gradients(batch, step, *this);
+        });
+  }
 }
 
 void Trainer::train_task() {
@@ -288,6 +297,7 @@ void Trainer::train_epoch(int64_t epochs, double learning_rate) {
     }
     since_pause = {};  // training does not pay for checkpoints
   }
+  report_steps(/*kept=*/0);
   const int64_t seen = progress_.epoch_images;
   const double seconds = progress_.training_seconds - before;
   std::map<std::string, double> means = progress_.epoch_losses;
@@ -305,34 +315,70 @@ void Trainer::train_epoch(int64_t epochs, double learning_rate) {
 }
 
 void Trainer::train_step(const methods::Batch& batch, double learning_rate) {
-  const int64_t images = batch.labels.size(0);
-  std::map<std::string, double> losses;
+  // The host waits for no step on CUDA: its losses are read when the next one has been started.
+  const bool waits = device_.is_cpu() && !replay_;
+  Step told{.epoch = progress_.epoch,
+            .step = progress_.step,
+            .images = batch.labels.size(0),
+            .learning_rate = learning_rate};
   optimizer_->step([&](int pass) {
-    // Checked before the optimiser moves anything.
     const methods::StepInfo step{.step = progress_.step,
                                  .pass = pass,
                                  .passes = optimizer_->passes(),
                                  .steps = task_steps_,
                                  .epoch_steps = task_steps_ / epochs_of(info_.index)};
-    auto of_pass = finite(method_->gradients(batch, step, *this), learning_rate);
-    if (pass == 0) {
-      losses = std::move(of_pass);
+    told.losses.emplace_back(gradients(batch, step));
+    if (waits) {  // checked before the optimiser moves anything
+      finite(told, told.losses.back());
     }
   });
+  progress_.step += 1;
+  progress_.epoch_images += told.images;
+  progress_.training_images += told.images;
+  steps_since_saved_ += 1;
+  unreported_.push_back(std::move(told));
+  report_steps(/*kept=*/waits ? 0 : 1);
+}
+
+methods::Losses Trainer::gradients(const methods::Batch& batch, const methods::StepInfo& step) {
+  return replay_ ? replay_->gradients(batch, step) : method_->gradients(batch, step, *this);
+}
+
+void Trainer::report_steps(size_t kept) {
+  while (unreported_.size() > kept) {
+    const Step step = std::move(unreported_.front());
+    unreported_.pop_front();
+    report(step);
+  }
+}
+
+void Trainer::report(const Step& step) {
+  std::map<std::string, double> losses;
+  for (size_t pass = step.losses.size(); pass-- > 0;) {
+    losses = finite(step, step.losses[pass]);  // the first pass's are told
+  }
   emit("step", {{"task", info_.index},
-                {"epoch", progress_.epoch},
-                {"step", progress_.step},
+                {"epoch", step.epoch},
+                {"step", step.step},
                 {"steps", task_steps_},
-                {"images", images},
-                {"learning_rate", learning_rate},
+                {"images", step.images},
+                {"learning_rate", step.learning_rate},
                 {"losses", losses}});
   for (const auto& [name, value] : losses) {
-    progress_.epoch_losses[name] += value * static_cast<double>(images);
+    progress_.epoch_losses[name] += value * static_cast<double>(step.images);
   }
-  progress_.step += 1;
-  progress_.epoch_images += images;
-  progress_.training_images += images;
-  steps_since_saved_ += 1;
+}
+
+std::map<std::string, double> Trainer::finite(const Step& step, const PendingLosses& losses) const {
+  auto values = losses.values();
+  for (const auto& [name, value] : values) {
+    if (!std::isfinite(value)) {
+      NTKCL_FAIL(NumericalError, "train", "the loss '", name, "' is ", value, " at step ",
+                 step.step, " of task ", info_.index, " (epoch ", step.epoch,
+                 "); a smaller learning rate than ", step.learning_rate, " may help");
+    }
+  }
+  return values;
 }
 
 void Trainer::average_gradients(const std::vector<at::Tensor>& others) {
@@ -348,26 +394,6 @@ void Trainer::average_gradients(const std::vector<at::Tensor>& others) {
   std::ranges::for_each(others, add);
   const at::NoGradGuard no_grad;
   dist::average_(*ranks_, gradients);
-}
-
-std::map<std::string, double> Trainer::finite(const methods::Losses& losses,
-                                              double learning_rate) const {
-  std::vector<at::Tensor> scalars;
-  for (const auto& [name, tensor] : losses) {
-    scalars.push_back(tensor.to(at::kDouble));
-  }
-  const at::Tensor host = at::stack(scalars).cpu();  // one copy a step, not one a loss
-  std::map<std::string, double> values;
-  for (size_t i = 0; i < losses.size(); ++i) {
-    const double value = host.const_data_ptr<double>()[i];
-    values[losses[i].first] = value;
-    if (!std::isfinite(value)) {
-      NTKCL_FAIL(NumericalError, "train", "the loss '", losses[i].first, "' is ", value,
-                 " at step ", progress_.step, " of task ", info_.index, " (epoch ", progress_.epoch,
-                 "); a smaller learning rate than ", learning_rate, " may help");
-    }
-  }
-  return values;
 }
 
 // ---- Passes without gradients ----

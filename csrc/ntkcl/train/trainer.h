@@ -1,6 +1,7 @@
 #pragma once
 
 #include <chrono>
+#include <deque>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -11,6 +12,8 @@
 #include "ntkcl/train/event.h"
 #include "ntkcl/train/image_set.h"
 #include "ntkcl/train/options.h"
+#include "ntkcl/train/pending_losses.h"
+#include "ntkcl/train/step_replay.h"
 
 namespace ntkcl::train {
 
@@ -83,7 +86,7 @@ class Trainer : private methods::TaskServices {
   class SeenTestImages;
 
   const methods::TaskInfo& task() const override { return info_; }
-  methods::RandomSource& random() override { return *random_; }
+  methods::RandomSource& random() override { return replay_ ? replay_->random() : *random_; }
   void for_each_image(const std::string& activity, const methods::BatchFn& fn) override;
   void for_each_augmented(const std::string& activity, const methods::Draw& order,
                           const methods::BatchFn& fn) override;
@@ -108,8 +111,19 @@ class Trainer : private methods::TaskServices {
   void train_task();
   void train_epoch(int64_t epochs, double learning_rate);
   void train_step(const methods::Batch& batch, double learning_rate);
-  // The losses as numbers; NumericalError names the step of one that is not finite.
-  std::map<std::string, double> finite(const methods::Losses& losses, double learning_rate) const;
+  methods::Losses gradients(const methods::Batch& batch, const methods::StepInfo& step);
+  // What is told of a step.
+  struct Step {
+    int64_t epoch = 0, step = 0, images = 0;
+    double learning_rate = 0;
+    std::vector<PendingLosses> losses{};  // of each pass
+  };
+  // Reports the steps but the last `kept`; NumericalError names the first whose losses are not
+  // finite.
+  void report_steps(size_t kept);
+  void report(const Step& step);
+  // The losses of a pass as numbers.
+  std::map<std::string, double> finite(const Step& step, const PendingLosses& losses) const;
 
   // Between two steps: saves where it is time to, and ends the run where the user wants that.
   void pause(bool save_anyway);
@@ -157,7 +171,10 @@ class Trainer : private methods::TaskServices {
   methods::TaskInfo info_;
   int64_t task_steps_ = 0;
   std::unique_ptr<optim::Optimizer> optimizer_;  // while a task is trained
-  std::vector<stats::Evaluation> evaluations_;   // after each finished task
+  std::unique_ptr<StepReplay> replay_;           // the same, with cuda_graph
+  // Steps begun whose losses are not read yet.
+  std::deque<Step> unreported_;
+  std::vector<stats::Evaluation> evaluations_;  // after each finished task
   Stopwatch watch_, since_saved_;
   int64_t steps_since_saved_ = 0;
 };

@@ -118,6 +118,7 @@ void Trainer::pause(bool save_anyway) {
       (options_.checkpoint_minutes > 0 &&
        since_saved_.seconds() >= 60 * options_.checkpoint_minutes);
   if (save_anyway || stops || due) {
+    report_steps(/*kept=*/0);  // nothing that is not finite is saved
     save();
   }
   if (stops) {

@@ -328,8 +328,9 @@ at::Tensor NtkCl::dissimilarity_loss(const Features& features, const Batch& batc
   const int64_t old = quirk ? std::max<int64_t>(0, task.n_new - task.increment) : task.n_old;
   const at::Tensor rows = quirk ? prototypes_.new_zeros({old, prototypes_.size(1)}) : prototypes_;
   const int64_t count = std::min(task.batch_size, old);
-  const at::Tensor drawn = random.choice({"old_prototypes", task.index, step.step}, old, count)
-                               .to(batch.labels.device());
+  const at::Tensor drawn = random.placed(
+      {"old_prototypes", task.index, step.step}, batch.labels.device(),
+      [=](RandomSource& source, const Draw& draw) { return source.choice(draw, old, count); });
   return ops::dissimilarity(features.fused, batch.labels, rows.index_select(0, drawn), drawn,
                             options_.dissimilarity, options_.temperature)
       .loss;

@@ -185,10 +185,13 @@ Losses Raa::gradients(const Batch& batch, const StepInfo& step, TaskServices& se
   share(batch, step, random);
   at::Tensor alpha;
   if (mixes()) {
-    alpha = shares_of(random.uniform({"amalgamation", task.index, step.step, pass_of(step)},
-                                     {vit_.depth(), options_.n_adapters}, 0.0, 1.0, at::kDouble),
-                      options_.alpha)
-                .to(vit_.options());
+    const auto draw_shares = [this](RandomSource& source, const Draw& draw) {
+      const at::Tensor drawn =
+          source.uniform(draw, {vit_.depth(), options_.n_adapters}, 0.0, 1.0, at::kDouble);
+      return shares_of(drawn, options_.alpha).to(vit_.options().dtype());
+    };
+    alpha = random.placed({"amalgamation", task.index, step.step, pass_of(step)},
+                          vit_.options().device(), draw_shares);
   }
   at::Tensor features =
       nn::stream_pass(vit_, shared_.prefix, streams(alpha), options_.scale,

@@ -31,6 +31,10 @@ class Raa : public Method {
   void before_task(TaskServices& services) override;
   std::vector<optim::ParameterGroup> trained(const TaskInfo& task) override;
   Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) override;
+  // A left-over gradient has a place in a task's first step.
+  bool repeats(const StepInfo& step) const override {
+    return !options_.stale_gradient || step.step > 0;
+  }
   std::vector<std::string> stages(const TaskInfo& task) const override;
   void run_stage(const std::string& stage, TaskServices& services) override;
   Scores scores(const at::Tensor& images) const override;

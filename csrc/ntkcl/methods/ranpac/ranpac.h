@@ -18,6 +18,7 @@ class RanPac : public Method {
   void before_task(TaskServices& services) override;
   std::vector<optim::ParameterGroup> trained(const TaskInfo& task) override;
   Losses gradients(const Batch& batch, const StepInfo& step, TaskServices& services) override;
+  bool repeats(const StepInfo&) const override { return true; }
   std::vector<std::string> stages(const TaskInfo& task) const override;
   void run_stage(const std::string& stage, TaskServices& services) override;
   Scores scores(const at::Tensor& images) const override;

@@ -1,0 +1,48 @@
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "ntkcl/kernels/float8_rows_cuda.h"
+#include "ntkcl/ops/element_type.h"
+#include "ntkcl/ops/float8_rows.h"
+
+namespace ntkcl::ops {
+namespace {
+
+template <class T>
+void quantise(const at::Tensor& x, const at::Tensor& values, const at::Tensor& scale) {
+  const kernels::Float8Rows<T> args{.x = elements<T>(x),
+                                    .values = mutable_elements<uint8_t>(values),
+                                    .scale = mutable_elements<float>(scale),
+                                    .rows = scale.numel(),
+                                    .width = x.size(-1)};
+  C10_CUDA_CHECK(kernels::float8_rows_cuda(args, c10::cuda::getCurrentCUDAStream()));
+}
+
+std::tuple<at::Tensor, at::Tensor> float8_rows_cuda(const at::Tensor& x) {
+  detail::check_float8_rows(x);
+  const c10::cuda::CUDAGuard guard(x.device());
+  auto rows = x.sizes().vec();
+  rows.back() = 1;
+  const at::Tensor values = at::empty(x.sizes(), x.options().dtype(at::kFloat8_e4m3fn));
+  const at::Tensor scale = at::ones(rows, x.options().dtype(at::kFloat));
+  if (values.numel() > 0) {
+    const at::Tensor dense = x.contiguous();
+    if (x.scalar_type() == at::kFloat) {
+      quantise<float>(dense, values, scale);
+    } else {
+      quantise<kernels::BFloat16>(dense, values, scale);
+    }
+  }
+  return {values, scale};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ntkcl, CUDA, m) {
+  m.impl("float8_rows", &float8_rows_cuda);
+}
+
+}  // namespace ntkcl::ops
