@@ -11,6 +11,8 @@ The step is the released method's (mode both, K = 1) in a later task, after the 
     compiled   careful, with its blocks through torch.compile
     ours       ntkcl
     lean       ntkcl with recompute = true
+    graph      ntkcl with cuda_graph = true
+    float8     ntkcl with precision = float8, on a GPU with cuda_graph = true
     before     ntkcl of another build, --before <its python folder>
 
 Each variant runs in a process of its own, with the same weights and batch. Losses and gradients are
@@ -49,9 +51,19 @@ from workers import (
     verify,
 )
 
-VARIANTS = ("plain", "careful", "compiled", "ours", "lean")
+# What ntkcl is asked for.
+OURS: dict[str, dict[str, Any]] = {
+    "before": {},
+    "ours": {},
+    "lean": {"recompute": True},
+    "graph": {"cuda_graph": True},
+    "float8": {"precision": "float8"},
+}
+VARIANTS = ("plain", "careful", "compiled", *(name for name in OURS if name != "before"))
 # Against plain PyTorch in float32: relative error of a gradient, by its norm.
-GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
+GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float8": 0.8}
+# Steps until a graph is recorded, and one that replays it.
+REHEARSALS = 4
 # What careful users set: no page faults for large tensors, workers that sleep when they wait.
 CAREFUL_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
@@ -61,7 +73,7 @@ CAREFUL_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 
 
 class OurStep:
     def __init__(
-        self, problem: Problem, device: str, precision: str, threads: int, recompute: bool
+        self, problem: Problem, device: str, precision: str, threads: int, **asked: object
     ) -> None:
         from ntkcl import _C
 
@@ -84,10 +96,9 @@ class OurStep:
             "device": device,
             "precision": precision,
             "threads": threads,
-            "recompute": recompute,
             "momentum": problem.momentum,
             "weight_decay": problem.weight_decay,
-        }
+        } | asked
         self.session = _C.MethodSession(
             "ntk-cl", options, backbone, problem.task + 2, train, self.draw, as_run=True
         )
@@ -160,9 +171,9 @@ def worker(arguments: argparse.Namespace) -> None:
         torch.set_float32_matmul_precision("highest")
     elif kind == "plain":
         step = PlainStep(problem, device)
-    elif kind in ("before", "ours", "lean"):
-        lean = kind == "lean"
-        step = OurStep(problem, device, arguments.precision, arguments.threads, recompute=lean)
+    elif kind in OURS:
+        asked = OURS[kind] | ({"cuda_graph": True} if (kind, device) == ("float8", "cuda") else {})
+        step = OurStep(problem, device, arguments.precision, arguments.threads, **asked)
     else:
         torch.set_float32_matmul_precision(float32_settings(device)[-1])
         dtype = getattr(torch, arguments.precision)
@@ -175,7 +186,8 @@ def worker(arguments: argparse.Namespace) -> None:
         losses = step.step(images, labels, True)
         gradients = {name: g.contiguous().cpu() for name, g in step.gradients().items()}
         save_file(gradients, command["to"])
-        step.step(images, labels, False)
+        for _ in range(REHEARSALS if kind in ("graph", "float8") else 1):
+            step.step(images, labels, False)
         return {"losses": losses}
 
     serve(
@@ -229,7 +241,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         errors = verify(
             processes,
-            lambda name: GRADIENT_TOLERANCE["float32" if name == "plain" else arguments.precision],
+            lambda name: GRADIENT_TOLERANCE[
+                {"plain": "float32", "float8": "float8"}.get(name, arguments.precision)
+            ],
             smallest=lambda _: 1e-4,
             # Exactly 0; plain PyTorch leaves the rounding of sums that cancel.
             skipped=lambda name: name.endswith("mix.bias"),

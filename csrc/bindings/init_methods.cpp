@@ -9,6 +9,7 @@
 #include "ntkcl/methods/ntk_cl/ntk_cl.h"
 #include "ntkcl/methods/table.h"
 #include "ntkcl/train/compute_setup.h"
+#include "ntkcl/train/step_replay.h"
 
 namespace ntkcl::bindings {
 namespace {
@@ -76,10 +77,19 @@ class MethodSession : private methods::TaskServices {
     method_->before_task(*this);
     auto groups = method_->trained(info_);
     optimizer_ = groups.empty() ? nullptr : optim::make_optimizer(options_.optimizer, groups);
+    replay_.reset();
+    if (optimizer_ && options_.cuda_graph) {
+      replay_ = std::make_unique<train::StepReplay>(
+          *method_, *random_, groups, batch_size, vit_.options().device(),
+          [this](const methods::Batch& batch, const methods::StepInfo& step) {
+            return method_->gradients(batch, step, *this);
+          });
+    }
   }
 
   // {"losses": {name: value}, "gradients": [of each parameter, in the groups' order]} of the
-  // optimiser's last pass; "passes": the same of all.
+  // optimiser's last pass; "passes": the same of all. Steps that tell their gradients are never
+  // replayed.
   py::dict step(const at::Tensor& images, const at::Tensor& labels, double learning_rate,
                 bool with_gradients) {
     NTKCL_CHECK(optimizer_ != nullptr, "step",
@@ -93,7 +103,9 @@ class MethodSession : private methods::TaskServices {
       optimizer_->step([&](int pass) {
         const methods::StepInfo info{
             .step = step_, .pass = pass, .passes = optimizer_->passes(), .steps = steps_};
-        losses.push_back(method_->gradients(batch, info, *this));
+        const bool replays = replay_ && !with_gradients;
+        losses.push_back(replays ? replay_->gradients(batch, info)
+                                 : method_->gradients(batch, info, *this));
         gradients.push_back(with_gradients ? parameter_gradients() : std::vector<at::Tensor>());
       });
     }
@@ -115,6 +127,7 @@ class MethodSession : private methods::TaskServices {
 
   void run_stages() {
     const py::gil_scoped_release release;
+    replay_.reset();
     optimizer_.reset();
     for (const std::string& stage : method_->stages(info_)) {
       method_->run_stage(stage, *this);
@@ -146,7 +159,7 @@ class MethodSession : private methods::TaskServices {
 
  private:
   const methods::TaskInfo& task() const override { return info_; }
-  methods::RandomSource& random() override { return *random_; }
+  methods::RandomSource& random() override { return replay_ ? replay_->random() : *random_; }
   void for_each_image(const std::string&, const methods::BatchFn& fn) override { fn(images_); }
   // The images are given: they are shuffled alone.
   void for_each_augmented(const std::string&, const Draw& order,
@@ -186,6 +199,7 @@ class MethodSession : private methods::TaskServices {
   std::unique_ptr<methods::RandomSource> random_;
   std::unique_ptr<methods::Method> method_;
   std::unique_ptr<optim::Optimizer> optimizer_;
+  std::unique_ptr<train::StepReplay> replay_;
   methods::TaskInfo info_;
   methods::Batch images_;
   int64_t step_ = 0, steps_ = 0;

@@ -47,6 +47,12 @@ void init_optimizer(py::module_& m) {
   py::class_<Optimizer>(m, "Optimizer", "An optimiser, as make_optimizer builds it.")
       .def("set_learning_rate", py::overload_cast<double>(&Optimizer::set_learning_rate),
            py::arg("rate"), "Each group runs at rate times its learning_rate_scale.")
+      .def(
+          "set_learning_rate",
+          [](Optimizer& optimizer, double rate, size_t group) {
+            optimizer.set_learning_rate(group, rate);
+          },
+          py::arg("rate"), py::arg("group"), "The rate of the group of that index.")
       .def("learning_rate", &Optimizer::learning_rate, py::arg("group"),
            "The rate of the group of that index.")
       .def_property_readonly("passes", &Optimizer::passes, "How often a step asks for gradients.")

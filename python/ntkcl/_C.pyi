@@ -329,9 +329,19 @@ class Optimizer:
         """
         The rate of the group of that index.
         """
+    @typing.overload
     def set_learning_rate(self, rate: typing.SupportsFloat | typing.SupportsIndex) -> None:
         """
         Each group runs at rate times its learning_rate_scale.
+        """
+    @typing.overload
+    def set_learning_rate(
+        self,
+        rate: typing.SupportsFloat | typing.SupportsIndex,
+        group: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        The rate of the group of that index.
         """
     def state(self) -> dict:
         """
