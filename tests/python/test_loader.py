@@ -61,7 +61,18 @@ def test_views_made_by_a_device_are_those_of_the_threads(
     # Protects: resizing place by place, as a GPU does it, to the same bits: images of all shapes,
     # larger and smaller than the view, of which rows or columns come first.
     rng = np.random.default_rng(5)
-    sizes = [(9, 60), (60, 9), (24, 24), (1, 1), (300, 20), (20, 300), (97, 131), (7, 7), (256, 32)]
+    sizes = [
+        (9, 60),
+        (60, 9),
+        (24, 24),
+        (1, 1),
+        (300, 20),
+        (20, 300),
+        (97, 131),
+        (7, 7),
+        (256, 32),
+        (1, 4000),
+    ]
     stored = []
     for i, (height, width) in enumerate(sizes):
         stored.append(str(tmp_path / f"{i}.png"))

@@ -227,8 +227,7 @@ class Loader::Impl {
               ? transform_.plan_train(image.height, image.width, philox_subkey(key_, index))
               : transform_.plan_test(image.height, image.width);
       if (on_device()) {
-        batch.crops[i] = crop_of(image, plan);
-        batch.plans[i] = plan;
+        hand_over(image, plan, batch.crops[i], batch.plans[i]);
         return;
       }
       const Image view = transform_.make_view(image, plan);
@@ -237,6 +236,20 @@ class Loader::Impl {
     } catch (...) {
       batch.errors[i] = std::current_exception();
     }
+  }
+
+  // For the device to make the view. What would cost much memory on the way is made here, and
+  // handed over as a view of itself.
+  void hand_over(const Image& image, const ViewPlan& plan, std::vector<uint8_t>& crop,
+                 ViewPlan& of_crop) const {
+    const int64_t size = transform_.image_size();
+    if (is_cheap_to_hand_over(plan, size)) {
+      crop = crop_of(image, plan);
+      of_crop = plan;
+      return;
+    }
+    crop = transform_.make_view(image, plan).pixels;
+    of_crop = {.crop = {0, 0, size, size}, .height = size, .width = size};
   }
 
   void cancel() {

@@ -31,8 +31,8 @@ struct LoaderOptions {
     v("on_corrupt", on_corrupt, one_of({"stop", "skip"}),
       "what to do with an image that cannot be decoded; skipped ones are counted and named");
     v("augment_on", augment_on, one_of({"threads", "device"}),
-      "who crops, resizes and mirrors decoded images: the loader's threads, or the device, which "
-      "is to be a GPU; to the same bits");
+      "who crops, resizes and mirrors decoded images: the loader's threads, or the device where it "
+      "is a GPU; to the same bits");
   }
 };
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 namespace ntkcl::data {
 namespace {
@@ -28,6 +29,13 @@ ViewJob job_of(const ViewPlan& plan) {
 }
 
 }  // namespace
+
+bool is_cheap_to_hand_over(const ViewPlan& plan, int64_t size) {
+  constexpr int64_t kMostPixels = 16, kMostTaps = 64;  // of a view's pixel, of an output
+  const ViewJob job = job_of(plan);
+  return job.height * job.width <= kMostPixels * size * size &&
+         std::max(job.columns().most_taps(), job.rows().most_taps()) <= kMostTaps;
+}
 
 std::vector<uint8_t> crop_of(const Image& image, const ViewPlan& plan) {
   const auto& [top, left, height, width] = plan.crop;

@@ -27,6 +27,9 @@ class RawViews {
   at::Tensor jobs_;    // uint8, kernels::ViewJob each
 };
 
+// Whether a plan's crop, and the weights by which it is resized, take memory in proportion to its
+// view. An image may be of any size, and thousands of times as long as it is wide.
+bool is_cheap_to_hand_over(const ViewPlan& plan, int64_t size);
 // The bytes of a plan's crop, (height, width, 3).
 std::vector<uint8_t> crop_of(const Image& image, const ViewPlan& plan);
 

@@ -75,7 +75,8 @@ NTKCL_HOST_DEVICE inline int32_t fixed_point(double weight) {
   return static_cast<int32_t>(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
 }
 
-// Writes the weights of what `output` reads, most_taps() at most, in fixed point.
+// Writes the weights of what `output` reads, most_taps() at most, in fixed point. Each is computed
+// twice, as a device's thread has no room for them.
 NTKCL_HOST_DEVICE inline Span write_weights(const AxisMap& axis, int64_t output, int32_t* weights) {
   const Span span = span_of(axis, output);
   const double center = axis.center(output), inverse = 1.0 / axis.filter_scale();

@@ -6,8 +6,9 @@
 
 namespace ntkcl::kernels {
 
-// All of the batch's pointers are the device's. 0 < images, 0 < size, and a grid's sides hold:
-// images <= 65535.
+inline constexpr int64_t kMostViews = 65535;  // a grid's second side
+
+// All of the batch's pointers are the device's. 0 < images <= kMostViews, 0 < size.
 cudaError_t fill_views_cuda(const ViewBatch& batch, cudaStream_t stream);
 
 }  // namespace ntkcl::kernels

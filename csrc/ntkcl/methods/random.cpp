@@ -114,7 +114,9 @@ at::Tensor RandomSource::keep_mask(const Draw& draw, at::IntArrayRef sizes, doub
   if (auto given = recorded(draw)) {
     return checked(*given, draw, sizes).to(device);
   }
-  return ops::philox_keep_mask(dropout_key(draw).to(device), sizes, p);
+  const at::Tensor of_draw = placed(
+      draw, device, [](RandomSource& source, const Draw& d) { return source.dropout_key(d); });
+  return ops::philox_keep_mask(of_draw, sizes, p);
 }
 
 }  // namespace ntkcl::methods

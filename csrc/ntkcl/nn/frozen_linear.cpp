@@ -77,7 +77,7 @@ at::Tensor float8_product(const at::Tensor& x, const ops::Float8Rows& weight,
   const ops::Float8Rows rows = ops::float8_rows(x.reshape({-1, x.size(-1)}));
   auto sizes = x.sizes().vec();
   sizes.back() = out;
-  if (x.is_cuda()) {
+  if (ops::multiplies_float8(x.device())) {
     return at::_scaled_mm(rows.values, weight.values.t(), rows.scale, weight.scale.t(),
                           bias.defined() ? std::optional(bias) : std::nullopt, std::nullopt,
                           x.scalar_type())

@@ -16,7 +16,7 @@ namespace ntkcl::nn {
 // alone, never on a measurement, so that results do not change from run to run.
 //
 // Quantised, both factors of a product are 8-bit floating point numbers with a scale a row of x
-// and of W, or of the gradient and of W^T, added up in float32 (ops/float8_rows.h). GPUs from sm_89
+// and of W, or of the gradient and of W^T, added up in float32 (ops/float8_rows.h). GPUs from sm_90
 // on multiply such; elsewhere the same numbers are multiplied in float32.
 struct FrozenLinear {
   at::Tensor weight{};  // (out, in)
@@ -34,8 +34,8 @@ struct FrozenLinear {
 
   // Outputs first .. first + count.
   FrozenLinear outputs(int64_t first, int64_t count) const;
-  // On the CPU, in float32 and, where the processor computes with it, bfloat16; else as it is.
-  // `rows`: about how many rows of x there will be.
+  // On the CPU, in bfloat16 where the processor has it and in float32, but for wide matrices on
+  // Intel's, which MKL multiplies as they are. `rows`: about how many rows of x there will be.
   FrozenLinear pack(int64_t rows) const;
   // ValueError for sides that are no multiples of 16.
   FrozenLinear quantise() const;

@@ -247,14 +247,17 @@ VisionTransformer VisionTransformer::packed() const {
 VisionTransformer VisionTransformer::quantised() const {
   VisionTransformer copy = *this;
   copy.matrices_ = Matrices::kQuantised;
-  for (Block& b : copy.blocks_) {
-    for (FrozenLinear* linear : {&b.qkv, &b.proj, &b.mlp.fc1, &b.mlp.fc2}) {
+  for (Block& block : copy.blocks_) {
+    std::vector<FrozenLinear*> used{&block.proj, &block.mlp.fc1, &block.mlp.fc2};
+    if (&block == &copy.blocks_.back()) {  // its whole projection serves only who looks inside
+      used.insert(used.end(), {&block.query, &block.key_value});
+    } else {
+      used.push_back(&block.qkv);
+    }
+    for (FrozenLinear* linear : used) {
       *linear = linear->quantise();
     }
   }
-  Block& last = copy.blocks_.back();
-  last.query = last.query.quantise();
-  last.key_value = last.key_value.quantise();
   return copy;
 }
 

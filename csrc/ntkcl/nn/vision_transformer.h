@@ -73,7 +73,7 @@ class VisionTransformer {
   // by a tenth or more, for twice the memory of the matrices beside them. See FrozenLinear.
   VisionTransformer packed() const;
   // With the blocks' products of 8-bit floating point numbers. See FrozenLinear. ValueError for
-  // a width that is no multiple of 16.
+  // matrices with sides that are no multiples of 16.
   VisionTransformer quantised() const;
   // Whose MLPs keep less for the backward pass. See FrozenMlp.
   VisionTransformer recomputing(bool recompute) const;

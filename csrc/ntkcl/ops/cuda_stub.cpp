@@ -1,10 +1,19 @@
 #include <torch/library.h>
 
 #include "ntkcl/ops/checks.h"
+#include "ntkcl/ops/float8_rows.h"
 
 // For builds without CUDA: a CUDA kernel that is not there is an error that says so. Operators that
 // are made of torch's own on CUDA (attention) need none.
 namespace ntkcl::ops {
+namespace detail {
+
+bool cuda_multiplies_float8(at::Device) {
+  return false;
+}
+
+}  // namespace detail
+
 namespace {
 
 void no_cuda(const c10::OperatorHandle& op, c10::Stack*) {

@@ -51,6 +51,10 @@ Float8Rows float8_rows(const at::Tensor& x) {
   return {std::move(values), std::move(scale)};
 }
 
+bool multiplies_float8(at::Device device) {
+  return device.is_cuda() && detail::cuda_multiplies_float8(device);
+}
+
 TORCH_LIBRARY_IMPL(ntkcl, Meta, m) {
   m.impl("float8_rows", &float8_rows_meta);
 }

@@ -19,7 +19,11 @@ struct Float8Rows {
 // Errors: TypeError (the type), ValueError (no dimension), where a gradient is wanted RuntimeError.
 Float8Rows float8_rows(const at::Tensor& x);
 
+// Whether at::_scaled_mm multiplies float8 rows there: GPUs from sm_90 on.
+bool multiplies_float8(at::Device device);
+
 namespace detail {
+bool cuda_multiplies_float8(at::Device device);
 void check_float8_rows(const at::Tensor& x);
 }  // namespace detail
 

@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -9,6 +10,14 @@
 #include "ntkcl/ops/float8_rows.h"
 
 namespace ntkcl::ops {
+namespace detail {
+
+bool cuda_multiplies_float8(at::Device device) {
+  return at::cuda::getDeviceProperties(device.index())->major >= 9;
+}
+
+}  // namespace detail
+
 namespace {
 
 template <class T>

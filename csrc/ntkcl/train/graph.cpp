@@ -1,5 +1,7 @@
 #include "ntkcl/train/graph.h"
 
+#include <utility>
+
 namespace ntkcl::train {
 namespace {
 

@@ -1,9 +1,11 @@
 #include <ATen/cuda/CUDAEvent.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <exception>
+#include <map>
 
 #include "ntkcl/core/error.h"
 #include "ntkcl/train/graph.h"
@@ -11,25 +13,38 @@
 namespace ntkcl::train {
 namespace {
 
+// One for all graphs of a device: libraries keep a workspace for each stream that they have seen.
+c10::cuda::CUDAStream recording_stream(c10::DeviceIndex device) {
+  static std::map<c10::DeviceIndex, c10::cuda::CUDAStream> streams;
+  const auto found = streams.find(device);
+  if (found != streams.end()) {
+    return found->second;
+  }
+  const auto stream = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device);
+  return streams.emplace(device, stream).first->second;
+}
+
 class CudaGraph : public Graph {
  public:
-  explicit CudaGraph(c10::Device device)
-      : stream_(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index())) {}
+  explicit CudaGraph(c10::Device device) : stream_(recording_stream(device.index())) {}
 
   void rehearse(const Work& work) override { on_own_stream(work); }
 
   void record(Work work) override {
+    // While a graph is recorded the allocator cannot give back what it keeps for others.
+    c10::cuda::CUDACachingAllocator::emptyCache();
     on_own_stream([&] {
-      graph_.capture_begin();
+      // Other threads may go on with work of their own.
+      graph_.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
       try {
         work();
+        graph_.capture_end();
       } catch (const std::exception& error) {
         abandon();
         NTKCL_FAIL(ValueError, "cuda_graph",
                    "expected a step that can be recorded, got: ", error.what(),
                    "\nUse cuda_graph = false");
       }
-      graph_.capture_end();
     });
   }
 

@@ -101,6 +101,9 @@ ImageSet::ImageSet(std::shared_ptr<data::ImageStore> store, ByClass images, cons
       reads_own_rows_(ranks_->size() > 1 && data.loader.on_corrupt == "stop") {
   data::LoaderOptions options = data.loader;
   options.pin_memory = like.device().is_cuda();
+  if (!like.device().is_cuda()) {
+    options.augment_on = "threads";
+  }
   loader_ = std::make_unique<data::Loader>(store_, data::Transform(data.transform), options);
 }
 
@@ -162,8 +165,11 @@ bool ImageSet::next(methods::Batch& batch) {
     out[i] = class_number_[static_cast<size_t>(store_->labels()[image])];
   }
   const dist::Rows rows(ranks_, n);
+  if (!reads_own_rows_ && !loaded.raw) {
+    loaded.images = rows.own(loaded.images);  // before they travel
+  }
   const at::Tensor images = loaded.images_on(device);
-  const at::Tensor own = reads_own_rows_ ? images : rows.own(images);
+  const at::Tensor own = !reads_own_rows_ && loaded.raw ? rows.own(images) : images;
   batch = {normalization_(own), labels.to(device, /*non_blocking=*/true), numbers, rows};
   return true;
 }

@@ -54,7 +54,7 @@ struct TrainOptions {
       "dtype of all arithmetic; auto: float32; bfloat16: weights and activations inside the frozen "
       "attention and MLP, all else float32, for processors with bfloat16 instructions; float8: as "
       "bfloat16, and the frozen matrices' products of 8-bit floating point numbers, for GPUs from "
-      "sm_89 on; elsewhere the same numbers, slowly");
+      "sm_90 on; elsewhere the same numbers, slowly");
     v("deterministic", deterministic, anything(),
       "bit-equal results for the same seed, device, build and thread count");
     v("threads", threads, at_least(0), "CPU threads of the arithmetic; 0: torch's default");

@@ -54,11 +54,13 @@ void Predictor::for_each_batch(std::shared_ptr<const data::ImageStore> images,
   const ComputeScope scope(options_, normalization_.device());
   std::vector<int64_t> all(static_cast<size_t>(images->size()));
   std::iota(all.begin(), all.end(), 0);
-  data::Loader loader(std::move(images), data::Transform(input_.transform), input_.loader);
+  data::LoaderOptions options = input_.loader;
+  options.augment_on = "threads";
+  data::Loader loader(std::move(images), data::Transform(input_.transform), options);
   loader.start(data::View::kTest, std::move(all), options_.evaluation_batch_size, 0);
   data::LoadedBatch batch;
   while (loader.next(batch)) {
-    fn(normalization_(batch.images_on(normalization_.device())));
+    fn(normalization_(batch.images));
   }
 }
 

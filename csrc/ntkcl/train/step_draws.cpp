@@ -2,7 +2,7 @@
 
 #include <ATen/ATen.h>
 
-#include <cstring>
+#include <algorithm>
 
 #include "ntkcl/core/error.h"
 
@@ -80,8 +80,8 @@ void StepDraws::refresh() {
     draw.step = step_;
     const at::Tensor value = bytes_of(slot.make(source_, draw));
     NTKCL_ASSERT(value.numel() == slot.bytes);
-    std::memcpy(host.mutable_data_ptr<uint8_t>() + slot.begin, value.const_data_ptr<uint8_t>(),
-                static_cast<size_t>(slot.bytes));
+    std::copy_n(value.const_data_ptr<uint8_t>(), slot.bytes,
+                host.mutable_data_ptr<uint8_t>() + slot.begin);
   }
   places_.copy_(host, /*non_blocking=*/true);
 }

@@ -41,6 +41,10 @@ StepReplay::StepReplay(const methods::Method& method, methods::RandomSource& sou
   }
 }
 
+StepReplay::~StepReplay() {
+  clear_gradients();
+}
+
 methods::Losses StepReplay::gradients(const methods::Batch& batch, const methods::StepInfo& step) {
   if (batch.labels.size(0) != batch_size_ || !method_.repeats(step)) {
     return gradients_(batch, step);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -14,7 +15,7 @@ namespace ntkcl::train {
 // where they were the last time. The optimiser stays outside; it is a handful of kernels.
 //
 // Note: batches that are not full, and steps that do not repeat (Method::repeats), go the plain
-// way. Every graph keeps its own memory, about that of a step.
+// way. Every graph keeps its own memory, that of a step, beside that of plain steps.
 class StepReplay {
  public:
   using Gradients = std::function<methods::Losses(const methods::Batch&, const methods::StepInfo&)>;
@@ -24,6 +25,9 @@ class StepReplay {
   StepReplay(const methods::Method& method, methods::RandomSource& source,
              const std::vector<optim::ParameterGroup>& groups, int64_t batch_size,
              at::Device device, Gradients gradients);
+  ~StepReplay();  // leaves no gradients: they are the graphs'
+  StepReplay(const StepReplay&) = delete;
+  StepReplay& operator=(const StepReplay&) = delete;
 
   methods::Losses gradients(const methods::Batch& batch, const methods::StepInfo& step);
   methods::RandomSource& random() { return *random_; }

@@ -90,6 +90,10 @@ RunResult Trainer::run(const Hooks& hooks, const std::optional<Checkpoint>& from
     throw;
   } catch (...) {
     ranks_->leave();
+    try {
+      report_steps(/*kept=*/0);        // what was done before
+    } catch (const std::exception&) {  // the first error is what counts
+    }
     throw;
   }
 }
@@ -251,7 +255,8 @@ void Trainer::begin_training() {
   progress_.trainable_parameters = std::max(progress_.trainable_parameters, trained);
   optimizer_ = groups.empty() ? nullptr : optim::make_optimizer(options_.optimizer, groups);
   replay_.reset();
-  if (optimizer_ && options_.cuda_graph && ranks_->size() == 1) {
+  const bool repeats = method_->repeats({.step = 1});  // the first may differ
+  if (optimizer_ && options_.cuda_graph && ranks_->size() == 1 && repeats) {
     replay_ = std::make_unique<StepReplay>(
         *method_, *random_, optimizer_->groups(), options_.batch_size, vit_.options().device(),
         [this](const methods::Batch& batch, const methods::StepInfo& step) {
@@ -297,7 +302,7 @@ void Trainer::train_epoch(int64_t epochs, double learning_rate) {
     }
     since_pause = {};  // training does not pay for checkpoints
   }
-  report_steps(/*kept=*/0);
+  report_all_steps();
   const int64_t seen = progress_.epoch_images;
   const double seconds = progress_.training_seconds - before;
   std::map<std::string, double> means = progress_.epoch_losses;
@@ -316,7 +321,8 @@ void Trainer::train_epoch(int64_t epochs, double learning_rate) {
 
 void Trainer::train_step(const methods::Batch& batch, double learning_rate) {
   // The host waits for no step on CUDA: its losses are read when the next one has been started.
-  const bool waits = device_.is_cpu() && !replay_;
+  // Several ranks must all know at the same place that a loss is not finite.
+  const bool waits = ranks_->size() > 1 || (device_.is_cpu() && !replay_);
   Step told{.epoch = progress_.epoch,
             .step = progress_.step,
             .images = batch.labels.size(0),
@@ -350,6 +356,12 @@ void Trainer::report_steps(size_t kept) {
     unreported_.pop_front();
     report(step);
   }
+}
+
+void Trainer::report_all_steps() {
+  const Stopwatch watch;
+  report_steps(/*kept=*/0);
+  progress_.training_seconds += watch.seconds();
 }
 
 void Trainer::report(const Step& step) {

@@ -74,7 +74,8 @@ class Trainer : private methods::TaskServices {
   // Interrupted, a loss that is not finite with NumericalError, a checkpoint that is not of this
   // run with ValueError. A trainer runs once.
   // With several ranks, all end so together; one that fails alone leaves the others, and they end
-  // with RankError.
+  // with RankError. On CUDA, of one rank, a step's losses are known when the next step has been
+  // started: its event and its NumericalError come then, but before anything is saved.
   RunResult run(const Hooks& hooks, const std::optional<Checkpoint>& from = std::nullopt);
 
   methods::Method& method() { return *method_; }
@@ -121,6 +122,7 @@ class Trainer : private methods::TaskServices {
   // Reports the steps but the last `kept`; NumericalError names the first whose losses are not
   // finite.
   void report_steps(size_t kept);
+  void report_all_steps();  // what they still take is time of training
   void report(const Step& step);
   // The losses of a pass as numbers.
   std::map<std::string, double> finite(const Step& step, const PendingLosses& losses) const;

@@ -40,6 +40,8 @@ void Trainer::visit_state(const methods::StateVisitor& visitor) {
 }
 
 void Trainer::save() {
+  since_saved_ = {};
+  steps_since_saved_ = 0;
   if (!hooks_.save) {
     return;
   }
@@ -53,8 +55,7 @@ void Trainer::save() {
     });
   }
   hooks_.save(checkpoint);
-  since_saved_ = {};
-  steps_since_saved_ = 0;
+  since_saved_ = {};  // writing takes time
 }
 
 void Trainer::check_place(const Progress& p) const {
@@ -118,7 +119,7 @@ void Trainer::pause(bool save_anyway) {
       (options_.checkpoint_minutes > 0 &&
        since_saved_.seconds() >= 60 * options_.checkpoint_minutes);
   if (save_anyway || stops || due) {
-    report_steps(/*kept=*/0);  // nothing that is not finite is saved
+    report_all_steps();  // nothing that is not finite is saved
     save();
   }
   if (stops) {
