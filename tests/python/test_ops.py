@@ -1440,6 +1440,38 @@ def test_cuda_graph_reads_the_key_at_replay(cuda):
         assert torch.equal(y, bias_relu_dropout(x, bias, P, key=torch.tensor(value)))
 
 
+def assert_same_results(op, expected, got):
+    """Of one operator on two devices; integers and 8-bit numbers to the bit."""
+    expected, got = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (expected, got))
+    for here, there in zip(expected, got, strict=True):
+        exact = not here.is_floating_point() or here.dtype == torch.float8_e4m3fn
+        tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+        at_most = 0.0 if exact else tolerance[here.dtype]
+        torch.testing.assert_close(
+            there.detach().cpu().double(),
+            here.detach().double(),
+            rtol=at_most,
+            atol=at_most,
+            equal_nan=True,
+            msg=lambda text, op=op: f"{op}: {text}",
+        )
+
+
+def test_every_operator_gives_on_cuda_what_it_gives_on_the_cpu(cuda):
+    for (op, here), (_, there) in zip(operator_samples(), operator_samples(cuda), strict=True):
+        assert_same_results(op, op(*here), op(*there))
+
+
+def test_the_comparison_of_devices_sees_a_difference():
+    # Where there is no GPU the test above never runs: here on the CPU, and with one wrong result.
+    for op, arguments in operator_samples():
+        assert_same_results(op, op(*arguments), op(*arguments))
+    with pytest.raises(AssertionError):
+        assert_same_results(op, torch.ones(3, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8))
+    with pytest.raises(AssertionError):
+        assert_same_results(op, torch.ones(3), torch.ones(3) * 1.01)
+
+
 def test_cuda_opcheck(cuda):
     for op, arguments in operator_samples(cuda):
         torch.library.opcheck(op, arguments)
