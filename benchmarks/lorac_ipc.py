@@ -105,6 +105,8 @@ class OurStep:
                 [x[:t].permute(1, 0, 2, 3).flatten(1, 2) for x in b_of], 1
             )
             state[f"{name}.omega"] = torch.stack([pools["omega"][k][:t].t() for k in kinds], 1)
+            # No step reads the omegas of the tasks before.
+            state[f"{name}.bank"] = torch.zeros(p.blocks, len(kinds), t, t)
             current[f"{name}.up"] = torch.stack([x[t] for x in b_of], 1)
         self.session.load_state(state)
         none = torch.empty(0)
