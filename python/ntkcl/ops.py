@@ -257,7 +257,7 @@ def feature_fusion(
 def float8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows as 8-bit floating point numbers, each with a scale that takes its largest entry to 448.
 
-    ``torch._scaled_mm`` multiplies such matrices on GPUs from sm_89 on.
+    ``torch._scaled_mm`` multiplies such matrices on GPUs from sm_90 on.
 
     Args:
         x: (..., K), float32 or bfloat16. Not differentiable.

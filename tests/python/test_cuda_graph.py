@@ -33,21 +33,23 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+def assert_replayed_steps_learn_the_same(folder: Path, **keywords: Any) -> None:
+    train(folder / "plain", **(MANY | keywords))
+    train(folder / "replayed", **(MANY | keywords), cuda_graph=True)
+    assert differences(folder / "plain", folder / "replayed") == ["config.toml differs"]
+
+
 @pytest.mark.parametrize("keywords", REPEATING.values(), ids=REPEATING.keys())
 def test_replayed_steps_learn_the_same_to_the_bit(tmp_path: Path, keywords: dict[str, Any]) -> None:
     # Protects: every draw, label and pixel of a step reaches it by a place that stays.
-    train(tmp_path / "plain", **(MANY | keywords))
-    train(tmp_path / "replayed", **(MANY | keywords), cuda_graph=True)
-    assert differences(tmp_path / "plain", tmp_path / "replayed") == ["config.toml differs"]
+    assert_replayed_steps_learn_the_same(tmp_path, **keywords)
 
 
 @pytest.mark.parametrize("keywords", OTHERS.values(), ids=OTHERS.keys())
 def test_methods_whose_steps_do_not_repeat_run_as_ever(
     tmp_path: Path, keywords: dict[str, Any]
 ) -> None:
-    train(tmp_path / "plain", **(MANY | keywords))
-    train(tmp_path / "replayed", **(MANY | keywords), cuda_graph=True)
-    assert differences(tmp_path / "plain", tmp_path / "replayed") == ["config.toml differs"]
+    assert_replayed_steps_learn_the_same(tmp_path, **keywords)
 
 
 def test_a_loss_that_is_not_finite_names_its_step_though_it_is_read_later(tmp_path: Path) -> None:
@@ -75,10 +77,7 @@ def test_a_stopped_run_goes_on_to_the_bit(
 def test_graphs_on_a_gpu_learn_what_plain_steps_learn(
     tmp_path: Path, cuda: torch.device, keywords: dict[str, Any]
 ) -> None:
-    on_gpu = MANY | keywords | {"device": cuda.type}
-    train(tmp_path / "plain", **on_gpu)
-    train(tmp_path / "replayed", **on_gpu, cuda_graph=True)
-    assert differences(tmp_path / "plain", tmp_path / "replayed") == ["config.toml differs"]
+    assert_replayed_steps_learn_the_same(tmp_path, **keywords, device=cuda.type)
 
 
 def test_a_gpu_learns_what_the_cpu_learns(tmp_path: Path, cuda: torch.device) -> None:

@@ -3,16 +3,13 @@ such."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from torch.nn.functional import normalize
 
 import reference_vit
 from ntkcl import _C
 from ntkcl.ops import float8_rows
-from test_training import ONE_TASK, SIZE, backbone, small, state, step_losses, train
+from test_training import SIZE, backbone
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16]
@@ -131,20 +128,6 @@ def test_the_backbone_computes_in_float8() -> None:
     assert 3 * error["bfloat16"] < error["float8"] < 0.08
 
 
-def test_a_run_in_float8_stays_near_float32_and_keeps_all_else_in_it(tmp_path: Path) -> None:
-    runs = {
-        precision: train(tmp_path / precision, small(), **ONE_TASK, precision=precision)
-        for precision in ("float32", "float8")
-    }
-    exact, rounded = state(runs["float32"]), state(runs["float8"])
-    assert {name: t.dtype for name, t in rounded.items()} == {n: t.dtype for n, t in exact.items()}
-    first = [step_losses(run)[0] for run in runs.values()]
-    assert first[0] != first[1]
-    assert first[0] == pytest.approx(first[1], rel=0.1, abs=0.1)
-    cosine = normalize(exact["prototypes"]) * normalize(rounded["prototypes"])
-    assert cosine.sum(1).min() > 0.99
-
-
 def test_gradients_go_back_through_quantised_matrices() -> None:
     images, labels = random(8, 3, SIZE, SIZE), torch.arange(8) % 2
     gradients = {}
@@ -170,8 +153,6 @@ def test_matrices_that_do_not_fit_the_tiles_are_refused() -> None:
 
 
 def test_a_gpu_multiplies_as_the_cpu(cuda: torch.device) -> None:
-    if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this GPU has no products of float8")
     images = random(4, 3, SIZE, SIZE)
     here, there = features(images, "float8"), features(images, "float8", cuda.type)
     assert (here - there).norm() / here.norm() < 2e-2

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "ntkcl/core/philox.h"
+#include "ntkcl/kernels/view_batch.h"
 
 namespace ntkcl::data {
 namespace {
@@ -89,11 +90,10 @@ void flip_columns(Image& image) {
   }
 }
 
-// A blend with black in single precision, cut to whole values, as Pillow's ImageEnhance.Brightness.
 void scale_brightness(Image& image, float factor) {
   std::array<uint8_t, 256> table;
   for (int value = 0; value < 256; ++value) {
-    table[value] = static_cast<uint8_t>(std::min(factor * static_cast<float>(value), 255.0f));
+    table[value] = kernels::brighter(static_cast<uint8_t>(value), factor);
   }
   for (uint8_t& value : image.pixels) {
     value = table[value];

@@ -39,12 +39,8 @@ bool is_cheap_to_hand_over(const ViewPlan& plan, int64_t size) {
 
 std::vector<uint8_t> crop_of(const Image& image, const ViewPlan& plan) {
   const auto& [top, left, height, width] = plan.crop;
-  const kernels::ImageView view = image.view().crop(top, left, height, width);
   std::vector<uint8_t> pixels(static_cast<size_t>(3 * height * width));
-  for (int64_t y = 0; y < height; ++y) {
-    std::memcpy(pixels.data() + 3 * y * width, view.pixels + y * view.row_bytes,
-                static_cast<size_t>(3 * width));
-  }
+  kernels::copy_rows(image.view().crop(top, left, height, width), pixels.data());
   return pixels;
 }
 
@@ -79,6 +75,7 @@ at::Tensor RawViews::on(at::Device device) const {
   const at::Tensor pixels = pixels_.to(device, /*non_blocking=*/true),
                    jobs = jobs_.to(device, /*non_blocking=*/true),
                    spans = at::empty({images, 2, size_, 2}, here(at::kLong)),
+                   exact = at::empty({images, 2, size_, taps_}, here(at::kDouble)),
                    weights = at::empty({images, 2, size_, taps_}, here(at::kInt)),
                    between = at::empty({between_bytes_}, here(at::kByte)),
                    out = at::empty({images, 3, size_, size_}, here(at::kByte));
@@ -91,6 +88,7 @@ at::Tensor RawViews::on(at::Device device) const {
       .pixels = pixels.const_data_ptr<uint8_t>(),
       .jobs = reinterpret_cast<const ViewJob*>(jobs.const_data_ptr<uint8_t>()),
       .spans = reinterpret_cast<kernels::Span*>(spans.mutable_data_ptr<int64_t>()),
+      .exact = exact.mutable_data_ptr<double>(),
       .weights = weights.mutable_data_ptr<int32_t>(),
       .between = between.mutable_data_ptr<uint8_t>(),
       .out = out.mutable_data_ptr<uint8_t>()};

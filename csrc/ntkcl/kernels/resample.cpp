@@ -34,8 +34,10 @@ Axis make_axis(const AxisMap& map, int64_t begin, int64_t n) {
   axis.first.resize(n);
   axis.count.resize(n);
   axis.weights.resize(n * axis.stride);
+  std::vector<double> exact(axis.stride);
   for (int64_t i = 0; i < n; ++i) {
-    const Span span = write_weights(map, begin + i, axis.weights.data() + i * axis.stride);
+    const Span span =
+        write_weights(map, begin + i, exact.data(), axis.weights.data() + i * axis.stride);
     axis.first[i] = span.first;
     axis.count[i] = span.count;
   }
@@ -194,12 +196,6 @@ Passes choose_passes() {
   return {columns_baseline, rows_baseline};
 }
 
-void copy_rows(const ImageView& input, uint8_t* output) {
-  for (int64_t y = 0; y < input.height; ++y) {
-    std::memcpy(output + 3 * y * input.width, input.pixels + y * input.row_bytes, 3 * input.width);
-  }
-}
-
 }  // namespace
 
 void resample(const ImageView& input, const Box& box, Filter filter, int64_t height, int64_t width,
@@ -234,6 +230,12 @@ void resample(const ImageView& input, const Box& box, Filter filter, int64_t hei
     between.resize(3 * view.height * window.width);
     passes.columns(view, x, between.data());
     passes.rows({between.data(), view.height, window.width, 3 * window.width}, y, output);
+  }
+}
+
+void copy_rows(const ImageView& input, uint8_t* output) {
+  for (int64_t y = 0; y < input.height; ++y) {
+    std::memcpy(output + 3 * y * input.width, input.pixels + y * input.row_bytes, 3 * input.width);
   }
 }
 

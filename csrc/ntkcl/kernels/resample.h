@@ -51,6 +51,9 @@ struct Window {
 void resample(const ImageView& input, const Box& box, Filter filter, int64_t height, int64_t width,
               const Window& window, uint8_t* output);
 
+// The view's pixels as they are, without gaps.
+void copy_rows(const ImageView& input, uint8_t* output);
+
 // The whole input to the whole output.
 void resample(const ImageView& input, Filter filter, int64_t height, int64_t width,
               uint8_t* output);

@@ -75,21 +75,20 @@ NTKCL_HOST_DEVICE inline int32_t fixed_point(double weight) {
   return static_cast<int32_t>(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
 }
 
-// Writes the weights of what `output` reads, most_taps() at most, in fixed point. Each is computed
-// twice, as a device's thread has no room for them.
-NTKCL_HOST_DEVICE inline Span write_weights(const AxisMap& axis, int64_t output, int32_t* weights) {
+// Writes the weights of what `output` reads, most_taps() at most, in fixed point. `exact`: room for
+// as many on the way.
+NTKCL_HOST_DEVICE inline Span write_weights(const AxisMap& axis, int64_t output, double* exact,
+                                            int32_t* weights) {
   const Span span = span_of(axis, output);
   const double center = axis.center(output), inverse = 1.0 / axis.filter_scale();
-  const auto exact = [&](int64_t k) {
-    const double at = (static_cast<double>(span.first + k) - center + 0.5) * inverse;
-    return axis.filter == Filter::kBilinear ? bilinear(at) : bicubic(at);
-  };
   double sum = 0.0;
   for (int64_t k = 0; k < span.count; ++k) {
-    sum += exact(k);
+    const double at = (static_cast<double>(span.first + k) - center + 0.5) * inverse;
+    exact[k] = axis.filter == Filter::kBilinear ? bilinear(at) : bicubic(at);
+    sum += exact[k];
   }
   for (int64_t k = 0; k < span.count; ++k) {
-    weights[k] = fixed_point(sum != 0.0 ? exact(k) / sum : exact(k));
+    weights[k] = fixed_point(sum != 0.0 ? exact[k] / sum : exact[k]);
   }
   return span;
 }

@@ -48,6 +48,7 @@ struct ViewBatch {
   const uint8_t* pixels = nullptr;  // of all images
   const ViewJob* jobs = nullptr;    // (images)
   Span* spans = nullptr;            // (images, 2, size): of columns, of rows
+  double* exact = nullptr;          // (images, 2, size, taps), on the way to the weights
   int32_t* weights = nullptr;       // (images, 2, size, taps)
   uint8_t* between = nullptr;
   uint8_t* out = nullptr;  // (images, 3, size, size)
@@ -58,9 +59,15 @@ NTKCL_HOST_DEVICE inline void fill_weights(const ViewBatch& batch, int64_t image
                                            int64_t output) {
   const ViewJob& job = batch.jobs[image];
   const int64_t place = (2 * image + axis) * batch.size + output;
-  batch.spans[place] =
-      write_weights(axis == 0 ? job.columns() : job.rows(),
-                    (axis == 0 ? job.left : job.top) + output, batch.weights + place * batch.taps);
+  batch.spans[place] = write_weights(
+      axis == 0 ? job.columns() : job.rows(), (axis == 0 ? job.left : job.top) + output,
+      batch.exact + place * batch.taps, batch.weights + place * batch.taps);
+}
+
+// A blend with black in single precision, cut to whole values, as Pillow's ImageEnhance.Brightness.
+NTKCL_HOST_DEVICE inline uint8_t brighter(uint8_t value, float factor) {
+  const float product = factor * static_cast<float>(value);
+  return static_cast<uint8_t>(product < 255.0f ? product : 255.0f);
 }
 
 // A pixel (3) of what the span's inputs give; `input` is its first, the next is `step` bytes on.
@@ -110,9 +117,7 @@ NTKCL_HOST_DEVICE inline void fill_out(const ViewBatch& batch, int64_t image, in
   const int64_t plane = batch.size * batch.size;
   const int64_t target = y * batch.size + (job.mirrored ? batch.size - 1 - x : x);
   for (int c = 0; c < 3; ++c) {
-    const float brighter = job.brightness * static_cast<float>(pixel[c]);
-    batch.out[(3 * image + c) * plane + target] =
-        static_cast<uint8_t>(brighter < 255.0f ? brighter : 255.0f);
+    batch.out[(3 * image + c) * plane + target] = brighter(pixel[c], job.brightness);
   }
 }
 

@@ -103,6 +103,25 @@ at::Tensor resize_position(const at::Tensor& position, int64_t grid) {
   return at::cat({position.narrow(1, 0, 1), rows.to(position.scalar_type())}, 1);
 }
 
+// Calls fn(matrix, rows of an image that go through it) for the matrices that passes use.
+template <class Blocks, class Fn>
+void for_each_used(Blocks& blocks, int64_t tokens, Fn fn) {
+  for (auto& block : blocks) {
+    const bool last = &block == &blocks.back();
+    const int64_t tokens_after_attention = last ? 1 : tokens;
+    for (FrozenLinear* linear : {&block.proj, &block.mlp.fc1, &block.mlp.fc2}) {
+      fn(*linear, tokens_after_attention);
+    }
+    // The last block's whole projection serves only those who look inside.
+    if (last) {
+      fn(block.query, 1);
+      fn(block.key_value, tokens);
+    } else {
+      fn(block.qkv, tokens);
+    }
+  }
+}
+
 }  // namespace
 
 template <class Self, class Visitor>
@@ -227,37 +246,16 @@ VisionTransformer VisionTransformer::packed() const {
   constexpr int64_t kImages = 16;  // a usual batch
   VisionTransformer copy = *this;
   copy.matrices_ = Matrices::kPacked;
-  for (Block& block : copy.blocks_) {
-    const bool last = &block == &copy.blocks_.back();
-    const int64_t tokens_after_attention = last ? 1 : tokens();
-    for (FrozenLinear* linear : {&block.proj, &block.mlp.fc1, &block.mlp.fc2}) {
-      *linear = linear->pack(kImages * tokens_after_attention);
-    }
-    // The last block's whole projection serves only those who look inside.
-    if (last) {
-      block.query = block.query.pack(kImages);
-      block.key_value = block.key_value.pack(kImages * tokens());
-    } else {
-      block.qkv = block.qkv.pack(kImages * tokens());
-    }
-  }
+  for_each_used(copy.blocks_, tokens(),
+                [](FrozenLinear& linear, int64_t rows) { linear = linear.pack(kImages * rows); });
   return copy;
 }
 
 VisionTransformer VisionTransformer::quantised() const {
   VisionTransformer copy = *this;
   copy.matrices_ = Matrices::kQuantised;
-  for (Block& block : copy.blocks_) {
-    std::vector<FrozenLinear*> used{&block.proj, &block.mlp.fc1, &block.mlp.fc2};
-    if (&block == &copy.blocks_.back()) {  // its whole projection serves only who looks inside
-      used.insert(used.end(), {&block.query, &block.key_value});
-    } else {
-      used.push_back(&block.qkv);
-    }
-    for (FrozenLinear* linear : used) {
-      *linear = linear->quantise();
-    }
-  }
+  for_each_used(copy.blocks_, tokens(),
+                [](FrozenLinear& linear, int64_t) { linear = linear.quantise(); });
   return copy;
 }
 
