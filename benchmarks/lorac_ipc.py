@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from lorac_pytorch import TYPES, PlainLorac, precision_matrices, predict_one
 from safetensors.torch import save_file
-from step_problem import CLASSES, IMAGE, MODELS, Problem, Tensors
+from step_problem import CLASSES, IMAGE, MODELS, Problem, Tensors, moved
 from workers import Process, append_result, by_turns, memory, serve, timed, verify
 
 VARIANTS = ("plain", "ours", "window")
@@ -138,11 +138,12 @@ class OurStep:
 
 
 class PlainStep:
-    def __init__(self, p: LoraProblem) -> None:
+    def __init__(self, p: LoraProblem, device: str) -> None:
         self.t = p.task
+        pools = {name: moved(pool, device) for name, pool in p.pools().items()}
         self.model = PlainLorac(
-            *(p.backbone, p.heads, p.pools(), p.head(), p.task, CLASSES * p.task, CLASSES),
-            *(STRENGTH, RATE, OMEGA_FACTOR),
+            *(moved(p.backbone, device), p.heads, pools, moved(p.head(), device)),
+            *(p.task, CLASSES * p.task, CLASSES, STRENGTH, RATE, OMEGA_FACTOR),
         )
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, move: bool) -> dict[str, float]:
@@ -162,15 +163,16 @@ class PlainStep:
         for name, value in head.items():
             assert value.grad is not None
             named[f"head.{name}"] = value.grad[CLASSES * t :]
-        return {name: value.contiguous() for name, value in named.items()}
+        return {name: value.cpu().contiguous() for name, value in named.items()}
 
 
 def worker(a: argparse.Namespace) -> None:
     torch.set_num_threads(a.threads)
     problem = LoraProblem(a.model, a.batch, a.task, a.rank)
-    step: Any = (
-        PlainStep(problem) if a.worker == "plain" else OurStep(problem, a, a.worker == "window")
-    )
+    if a.worker == "plain":
+        step: Any = PlainStep(problem, a.device)
+    else:
+        step = OurStep(problem, a, a.worker == "window")
     images = problem.images.to(a.device)
     labels = (CLASSES * problem.task + torch.arange(a.batch) % CLASSES).to(a.device)
     before = memory(a.device, reset=True)

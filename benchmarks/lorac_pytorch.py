@@ -99,7 +99,7 @@ class PlainLorac:
             for block in range(self.blocks):
                 q = torch.cat([pool[: self.task, block].detach().transpose(0, 1).flatten(1),
                                pool[self.task, block]], 1)  # fmt: skip
-                total = total + (q.t() @ q - torch.eye(q.shape[1])).norm()
+                total = total + (q.t() @ q - torch.eye(q.shape[1], device=q.device)).norm()
         return total
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, move: bool) -> dict[str, float]:

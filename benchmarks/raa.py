@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from raa_pytorch import KINDS, PlainRaa
 from safetensors.torch import save_file
-from step_problem import CLASSES, IMAGE, MODELS, Problem, Tensors
+from step_problem import CLASSES, IMAGE, MODELS, Problem, Tensors, moved
 from workers import Process, append_result, by_turns, memory, serve, timed, verify
 
 VARIANTS = ("plain", "ours")
@@ -118,8 +118,9 @@ class OurStep:
 class PlainStep:
     def __init__(self, p: RaaProblem, a: argparse.Namespace, dropout: float) -> None:
         self.problem, self.steps = p, 0
+        head = [value.to(a.device) for value in p.head()]
         self.model = PlainRaa(
-            *(p.backbone, p.heads, p.branches(), p.head()),
+            *(moved(p.backbone, a.device), p.heads, moved(p.branches(), a.device), head),
             *(BRANCHES, a.mode, dropout, RHO, RATE),
         )
 
@@ -135,7 +136,7 @@ class PlainStep:
         for number, (loss, gradients) in enumerate(self.passes):
             losses[f"{number}"] = loss
             for name, gradient in zip(names, gradients, strict=True):
-                named[f"{number}.{name}"] = gradient
+                named[f"{number}.{name}"] = gradient.cpu()
         return losses, named
 
 

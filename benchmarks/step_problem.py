@@ -15,6 +15,10 @@ CLASSES = 10  # a task
 Tensors = dict[str, torch.Tensor]
 
 
+def moved(tensors: Tensors, device: str) -> Tensors:
+    return {name: value.to(device) for name, value in tensors.items()}
+
+
 @dataclass(frozen=True)
 class Problem:
     """One step of the released NTK-CL, mode both, K = 1, in task ``task`` (counted from 0)."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from step_problem import IMAGE, PATCH, Problem, Tensors
+from step_problem import IMAGE, PATCH, Problem, Tensors, moved
 from torch.nn import functional as F
 
 EPS = 1e-6
@@ -74,10 +74,9 @@ class PlainStep:
 
     def __init__(self, problem: Problem, device: str = "cpu") -> None:
         self.p, self.device = problem, device
-        to = {name: value.to(device) for name, value in problem.state.items()}
-        self.frozen = to
-        self.weights = {name: value.to(device) for name, value in problem.backbone.items()}
-        self.previous = {name: value.to(device) for name, value in problem.previous.items()}
+        self.frozen = moved(problem.state, device)
+        self.weights = moved(problem.backbone, device)
+        self.previous = moved(problem.previous, device)
         self.parameters = trained(problem, problem.state, device)
         self.optimizer = torch.optim.SGD(
             self.parameters.values(),
@@ -216,7 +215,7 @@ class CarefulStep:
         compiled: bool = False,
     ) -> None:  # fmt: skip
         self.p, self.device, self.products = problem, device, products
-        self.frozen = {name: value.to(device) for name, value in problem.state.items()}
+        self.frozen = moved(problem.state, device)
         self.weights = {
             name: value.to(device, products if ".attn." in name or ".mlp." in name else None)
             for name, value in problem.backbone.items()

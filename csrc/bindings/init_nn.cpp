@@ -30,6 +30,7 @@ at::Tensor stacked(const TensorMap& tensors, int64_t blocks, const std::string& 
 
 std::vector<nn::Dropout> masked(const std::vector<at::Tensor>& masks, double p) {
   std::vector<nn::Dropout> dropout;
+  dropout.reserve(masks.size());
   for (const at::Tensor& mask : masks) {
     dropout.push_back({.p = p, .mask = mask, .key = {}});
   }

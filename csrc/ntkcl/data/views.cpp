@@ -77,8 +77,8 @@ at::Tensor RawViews::on(at::Device device) const {
                    spans = at::empty({images, 2, size_, 2}, here(at::kLong)),
                    exact = at::empty({images, 2, size_, taps_}, here(at::kDouble)),
                    weights = at::empty({images, 2, size_, taps_}, here(at::kInt)),
-                   between = at::empty({between_bytes_}, here(at::kByte)),
-                   out = at::empty({images, 3, size_, size_}, here(at::kByte));
+                   between = at::empty({between_bytes_}, here(at::kByte));
+  at::Tensor out = at::empty({images, 3, size_, size_}, here(at::kByte));
   static_assert(sizeof(kernels::Span) == 2 * sizeof(int64_t));
   const kernels::ViewBatch batch{
       .images = images,

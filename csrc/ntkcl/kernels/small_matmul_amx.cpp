@@ -139,7 +139,7 @@ NTKCL_X86_AMX NTKCL_INLINE void compute_tiles(const SmallMatmul<BFloat16Pair>& a
   alignas(64) int32_t aside[kTile][kTile];
   float* c = args.c + row * args.c_row + column;
   const int64_t c_stride = args.c_row * kBytes, b_stride = args.b_row * kBytes;
-#define NTKCL_LOAD(t) _tile_loadd(t, c + t * kTile, c_stride)
+#define NTKCL_LOAD(t) _tile_loadd(t, c + kTile * (t), c_stride)
 #define NTKCL_ZERO(t) _tile_zero(t)
   if (args.add) {
     NTKCL_FOR_TILES(NTKCL_LOAD)
@@ -152,8 +152,8 @@ NTKCL_X86_AMX NTKCL_INLINE void compute_tiles(const SmallMatmul<BFloat16Pair>& a
     const BFloat16Pair* b = args.b + k * args.b_row + column;
     _tile_loadd(NTKCL_A, a.first, a.stride);
     fence(a.first);
-#define NTKCL_MULTIPLY(t)                        \
-  _tile_loadd(NTKCL_B, b + t * kTile, b_stride); \
+#define NTKCL_MULTIPLY(t)                          \
+  _tile_loadd(NTKCL_B, b + kTile * (t), b_stride); \
   _tile_dpbf16ps(t, NTKCL_A, NTKCL_B)
     NTKCL_FOR_TILES(NTKCL_MULTIPLY)
   }
@@ -162,12 +162,12 @@ NTKCL_X86_AMX NTKCL_INLINE void compute_tiles(const SmallMatmul<BFloat16Pair>& a
     const BFloat16Pair* b = args.b + k * args.b_row + column;
     _tile_loadd(NTKCL_A_END, a.first, a.stride);
     fence(a.first);
-#define NTKCL_MULTIPLY_END(t)                        \
-  _tile_loadd(NTKCL_B_END, b + t * kTile, b_stride); \
+#define NTKCL_MULTIPLY_END(t)                          \
+  _tile_loadd(NTKCL_B_END, b + kTile * (t), b_stride); \
   _tile_dpbf16ps(t, NTKCL_A_END, NTKCL_B_END)
     NTKCL_FOR_TILES(NTKCL_MULTIPLY_END)
   }
-#define NTKCL_STORE(t) _tile_stored(t, c + t * kTile, c_stride)
+#define NTKCL_STORE(t) _tile_stored(t, c + kTile * (t), c_stride)
   NTKCL_FOR_TILES(NTKCL_STORE)
 #undef NTKCL_LOAD
 #undef NTKCL_ZERO
