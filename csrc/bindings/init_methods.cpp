@@ -20,6 +20,7 @@ using methods::Draw;
 class RecordedRandom : public methods::RandomSource {
  public:
   RecordedRandom(uint64_t seed, py::function fn) : RandomSource(seed), fn_(std::move(fn)) {}
+  // NOLINTNEXTLINE(bugprone-exception-escape): pybind11 throws only where no interpreter runs
   ~RecordedRandom() override {
     const py::gil_scoped_acquire gil;
     fn_ = py::function();

@@ -92,7 +92,7 @@ at::Tensor RandomSource::permutation(const Draw& draw, int64_t n) {
 at::Tensor RandomSource::choice(const Draw& draw, int64_t n, int64_t k) {
   NTKCL_ASSERT(0 <= k && k <= n);
   if (auto given = recorded(draw)) {
-    const at::Tensor values = checked(*given, draw, {k}).to(at::kCPU, at::kLong).contiguous();
+    at::Tensor values = checked(*given, draw, {k}).to(at::kCPU, at::kLong).contiguous();
     NTKCL_CHECK(k == 0 || (values.min().item<int64_t>() >= 0 && values.max().item<int64_t>() < n),
                 draw.purpose, "expected recorded draws in 0 .. ", n - 1);
     return values;

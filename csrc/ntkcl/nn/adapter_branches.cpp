@@ -67,12 +67,12 @@ at::Tensor stream_adapters(const at::Tensor& hidden, const Streams& streams, int
                            const Dropout& dropout) {
   const BranchList& a = streams.adapters;
   const int64_t s = a.branches();
-  const at::Tensor own = adapter(hidden.narrow(0, 0, s),
-                                 {.down_weight = a.down_weight.select(1, block),
-                                  .down_bias = a.down_bias.select(1, block),
-                                  .up_weight = a.up_weight.select(1, block),
-                                  .up_bias = a.up_bias.select(1, block)},
-                                 dropout, /*image_dim=*/1);
+  at::Tensor own = adapter(hidden.narrow(0, 0, s),
+                           {.down_weight = a.down_weight.select(1, block),
+                            .down_bias = a.down_bias.select(1, block),
+                            .up_weight = a.up_weight.select(1, block),
+                            .up_bias = a.up_bias.select(1, block)},
+                           dropout, /*image_dim=*/1);
   if (!streams.shares.defined()) {
     return own;
   }

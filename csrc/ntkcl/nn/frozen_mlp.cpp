@@ -59,7 +59,7 @@ struct FrozenMlpFunction : torch::autograd::Function<FrozenMlpFunction> {
 // LN2 of `prompts` (B, P, C) takes the places of those in hidden.out: of all tokens only the
 // prompts are written twice, and h itself is never copied. Returns what the way back needs of it.
 Normalised put_prompts(const FrozenMlp& mlp, const Normalised& hidden, const at::Tensor& prompts) {
-  const Normalised own = normalise(mlp, {.stream = prompts});
+  Normalised own = normalise(mlp, {.stream = prompts});
   hidden.out.narrow(1, 1, prompts.size(1)).copy_(own.out);
   return own;
 }

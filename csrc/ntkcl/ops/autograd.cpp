@@ -76,7 +76,7 @@ struct BiasReluDropoutFunction : Function<BiasReluDropoutFunction> {
                             const std::optional<at::Tensor>& mask,
                             const std::optional<at::Tensor>& key, double p) {
     const AutoDispatchBelowADInplaceOrView guard;
-    const at::Tensor y = bias_relu_dropout(x, bias, mask, key, p);
+    at::Tensor y = bias_relu_dropout(x, bias, mask, key, p);
     context->save_for_backward({y});
     context->saved_data["p"] = mask || key ? p : 0.0;
     context->saved_data["groups"] = bias.dim() == 2 ? bias.size(0) : int64_t{-1};

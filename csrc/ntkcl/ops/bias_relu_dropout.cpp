@@ -69,7 +69,7 @@ at::Tensor bias_relu_dropout_cpu(const at::Tensor& x, const at::Tensor& bias,
                                  const std::optional<at::Tensor>& mask,
                                  const std::optional<at::Tensor>& key, double p) {
   detail::check_bias_relu_dropout(x, bias, mask, key, p);
-  const at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor y = at::empty(x.sizes(), x.options());
   if (y.numel() == 0) {
     return y;
   }

@@ -20,7 +20,8 @@ constexpr const char* kOp = "composed_linear";
 
 // ---- Checks ----
 
-void check_scales(std::string_view name, const std::vector<double>& scales, c10::SymInt matrices) {
+void check_scales(std::string_view name, const std::vector<double>& scales,
+                  const c10::SymInt& matrices) {
   NTKCL_OP_CHECK(c10::SymInt(static_cast<int64_t>(scales.size())) == matrices, kOp, "expected ",
                  matrices, " numbers in ", name, ", got ", scales.size());
 }
@@ -86,6 +87,7 @@ void check_forward(const at::Tensor& x, const at::Tensor& weight, const Optional
 // (g). Made without a host tensor's memory, which fake tensors do not have.
 at::Tensor factors_of(const std::vector<double>& scale, const at::Tensor& like) {
   std::vector<at::Tensor> factors;
+  factors.reserve(scale.size());
   for (const double value : scale) {
     factors.push_back(at::full({}, value, like.options()));
   }

@@ -144,7 +144,7 @@ std::vector<int64_t> ImageSet::own_rows(const std::vector<int64_t>& images,
 
 at::Tensor ImageSet::next_numbers() {
   const int64_t count = std::min(batch_size_, static_cast<int64_t>(pass_.size()) - position_);
-  const at::Tensor numbers = at::tensor(
+  at::Tensor numbers = at::tensor(
       at::IntArrayRef(pass_).slice(static_cast<size_t>(position_), static_cast<size_t>(count)));
   position_ += count;
   return numbers;
