@@ -285,7 +285,7 @@ def measure_evaluation(a: argparse.Namespace) -> dict[str, Any]:
     images = sum(e["count"] for e in evaluations)
 
     torch.set_num_threads(a.threads)
-    p, state = Problem(a.model, a.batch, 1), trainer.state()
+    p, state = Problem(a.model, a.batch, 1), moved(trainer.state(), "cpu")
     pools: dict[str, Tensors] = {"A": {}, "B": {}, "omega": {}}
     bank: list[Tensors] = [{} for _ in range(tasks)]
     for name, kinds in GROUPS.items():

@@ -86,7 +86,7 @@ class PlainStep:
         )
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, verify: bool) -> dict[str, float]:
-        p, masks = self.p, self.p.masks if verify else {}
+        p, masks = self.p, moved(self.p.masks, self.device) if verify else {}
         tokens = patches_of(images, self.weights)
         channel = torch.cat(
             [
@@ -241,7 +241,7 @@ class CarefulStep:
         self.prompts = compile_(self._prompts)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, verify: bool) -> dict[str, float]:
-        p, masks = self.p, self.p.masks if verify else {}
+        p, masks = self.p, moved(self.p.masks, self.device) if verify else {}
         with torch.no_grad():
             h = self.attention(0, self.embed(images), False)
             first = h, self.mlp(0, h)

@@ -119,6 +119,8 @@ def by_turns(processes: list[Process], rounds: int) -> None:
 
 def serve(answers: Answers) -> None:
     """Answers lines of JSON on standard input, one command each, until it is closed."""
+    # On GPUs torch's convolutions, unlike its products, round to TF32 unless told otherwise.
+    torch.backends.cudnn.allow_tf32 = False
     for line in sys.stdin:
         command = json.loads(line)
         print(json.dumps(answers[command.pop("do")](command)), flush=True)
@@ -153,13 +155,13 @@ def timed(run: Callable[[], object], device: str) -> float:
 
 
 def memory(device: str, reset: bool = False) -> int:
-    """Bytes: largest resident set of this process (or largest sum of tensors on the GPU)."""
+    """Bytes: largest resident set of this process (or most that torch held of the GPU, as what
+    graphs keep for themselves belongs to no tensor between their steps)."""
     if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
         if reset:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            peak = torch.cuda.memory_allocated()
-        return peak
+        return torch.cuda.max_memory_reserved()
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()

@@ -9,6 +9,7 @@
 #include "ntkcl/methods/ntk_cl/ntk_cl.h"
 #include "ntkcl/methods/table.h"
 #include "ntkcl/train/compute_setup.h"
+#include "ntkcl/train/pending_losses.h"
 #include "ntkcl/train/step_replay.h"
 
 namespace ntkcl::bindings {
@@ -114,8 +115,8 @@ class MethodSession : private methods::TaskServices {
     py::list passes;
     for (size_t pass = 0; pass < losses.size(); ++pass) {
       py::dict values, of_pass;
-      for (const auto& [name, tensor] : losses[pass]) {
-        values[py::str(name)] = tensor.item<double>();
+      for (const auto& [name, value] : train::PendingLosses(losses[pass]).values()) {
+        values[py::str(name)] = value;
       }
       of_pass["losses"] = values;
       of_pass["gradients"] = gradients[pass];

@@ -72,15 +72,16 @@ def test_a_stopped_run_goes_on_to_the_bit(
     assert differences(tmp_path / "whole", tmp_path / "stopped") == []
 
 
-@pytest.mark.parametrize("keywords", REPEATING.values(), ids=REPEATING.keys())
+@pytest.mark.parametrize("keywords", (REPEATING | OTHERS).values(), ids=(REPEATING | OTHERS).keys())
 def test_graphs_on_a_gpu_learn_what_plain_steps_learn(
     tmp_path: Path, cuda: torch.device, keywords: dict[str, Any]
 ) -> None:
     assert_replayed_steps_learn_the_same(tmp_path, **keywords, device=cuda.type)
 
 
-def test_a_gpu_learns_what_the_cpu_learns(tmp_path: Path, cuda: torch.device) -> None:
-    keys = MANY | {"method": "ntk-cl", "precision": "float64"}
+@pytest.mark.parametrize("method", ["ntk-cl", "lorac-ipc", "raa"])
+def test_a_gpu_learns_what_the_cpu_learns(tmp_path: Path, cuda: torch.device, method: str) -> None:
+    keys = MANY | {"method": method, "precision": "float64"}
     on_cpu = train(tmp_path / "cpu", **keys)
     on_gpu = train(tmp_path / "gpu", **(keys | {"device": cuda.type}))
     of_cpu, of_gpu = (events(result.output, "step") for result in (on_cpu, on_gpu))

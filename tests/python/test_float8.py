@@ -152,7 +152,12 @@ def test_matrices_that_do_not_fit_the_tiles_are_refused() -> None:
         _C.MethodSession("simple-cil", {}, vit, 1, {"precision": "float8"})
 
 
-def test_a_gpu_multiplies_as_the_cpu(cuda: torch.device) -> None:
-    images = random(4, 3, SIZE, SIZE)
-    here, there = features(images, "float8"), features(images, "float8", cuda.type)
-    assert (here - there).norm() / here.norm() < 2e-2
+def test_a_gpu_is_as_near_to_float32_as_the_cpu(cuda: torch.device) -> None:
+    # Rows are rounded alike (above), but a last bit of bfloat16 can move a number of float8 far.
+    images = random(16, 3, SIZE, SIZE)
+    exact = features(images, "float32")
+    here, there = (
+        (features(images, "float8", device) - exact).norm() / exact.norm()
+        for device in ("cpu", cuda.type)
+    )
+    assert 0.7 * here < there < 1.4 * here

@@ -56,7 +56,9 @@ at::Tensor adapter(const at::Tensor& hidden, const ops::AdapterWeights& weights,
     auto sizes = hidden.sizes().vec();
     sizes.back() = weights.down_weight.size(-2);
     sizes[static_cast<size_t>(image_dim)] = dropout.rows;
-    mask = ops::philox_keep_mask(dropout.key.to(hidden.device()), sizes, dropout.p)
+    const at::Tensor here =
+        dropout.key.to(hidden.device(), dropout.key.scalar_type(), /*non_blocking=*/true);
+    mask = ops::philox_keep_mask(here, sizes, dropout.p)
                .narrow(image_dim, dropout.first, hidden.size(image_dim));
   }
   return ops::parallel_adapter(hidden, weights, mask, key, dropout.p).out;

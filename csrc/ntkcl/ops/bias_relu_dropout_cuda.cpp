@@ -60,10 +60,10 @@ std::tuple<at::Tensor, at::Tensor> bias_relu_dropout_backward_cuda(const at::Ten
   detail::check_bias_relu_dropout_backward(grad, y, p, groups);
   const c10::cuda::CUDAGuard guard(y.device());
   const at::Tensor dx = at::empty(y.sizes(), y.options());
-  const at::Tensor dbias = groups >= 0 ? at::zeros({groups, y.size(-1)}, y.options())
-                                       : at::zeros({y.size(-1)}, y.options());
+  const at::Tensor dbias = groups >= 0 ? at::empty({groups, y.size(-1)}, y.options())
+                                       : at::empty({y.size(-1)}, y.options());
   if (y.numel() == 0) {
-    return {dx, dbias};
+    return {dx, dbias.zero_()};
   }
   const at::Tensor grad_dense = grad.contiguous();
   const at::Tensor y_dense = y.contiguous();

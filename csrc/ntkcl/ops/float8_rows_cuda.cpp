@@ -36,7 +36,9 @@ std::tuple<at::Tensor, at::Tensor> float8_rows_cuda(const at::Tensor& x) {
   auto rows = x.sizes().vec();
   rows.back() = 1;
   const at::Tensor values = at::empty(x.sizes(), x.options().dtype(at::kFloat8_e4m3fn));
-  const at::Tensor scale = at::ones(rows, x.options().dtype(at::kFloat));
+  const auto of_scale = x.options().dtype(at::kFloat);
+  const at::Tensor scale =
+      values.numel() > 0 ? at::empty(rows, of_scale) : at::ones(rows, of_scale);
   if (values.numel() > 0) {
     const at::Tensor dense = x.contiguous();
     if (x.scalar_type() == at::kFloat) {

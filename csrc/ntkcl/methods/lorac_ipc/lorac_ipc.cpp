@@ -255,7 +255,7 @@ at::Tensor LoracIpc::score() const {
     return {};
   }
   if (!by_entry()) {
-    return importance_[0].score();
+    return importance_[0].score().cpu();
   }
   std::vector<at::Tensor> of_types;
   for (const ImportanceAverage& average : importance_) {
