@@ -41,7 +41,7 @@ at::Tensor gelu_backward_meta(const at::Tensor& grad, const at::Tensor& x) {
 
 at::Tensor gelu_cpu(const at::Tensor& x) {
   detail::check_gelu(x);
-  const at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor y = at::empty(x.sizes(), x.options());
   const at::Tensor x_dense = x.contiguous();
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -55,7 +55,7 @@ at::Tensor gelu_cpu(const at::Tensor& x) {
 
 at::Tensor gelu_backward_cpu(const at::Tensor& grad, const at::Tensor& x) {
   detail::check_gelu_backward(grad, x);
-  const at::Tensor dx = at::empty(x.sizes(), x.options());
+  at::Tensor dx = at::empty(x.sizes(), x.options());
   const at::Tensor grad_dense = grad.contiguous(), x_dense = x.contiguous();
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);

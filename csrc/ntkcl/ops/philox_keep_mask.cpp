@@ -35,7 +35,7 @@ at::Tensor philox_keep_mask_meta(const at::Tensor& key, c10::SymIntArrayRef size
 
 at::Tensor philox_keep_mask_cpu(const at::Tensor& key, at::IntArrayRef size, double p) {
   detail::check_philox_keep_mask(key, c10::fromIntArrayRefSlow(size), p);
-  const at::Tensor mask = at::empty(size, key.options().dtype(at::kByte));
+  at::Tensor mask = at::empty(size, key.options().dtype(at::kByte));
   const int64_t n = mask.numel();
   const uint64_t bits = static_cast<uint64_t>(*elements<int64_t>(key));
   const uint32_t threshold = kernels::keep_threshold(p);

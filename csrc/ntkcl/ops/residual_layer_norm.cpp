@@ -181,7 +181,7 @@ FourTensors detail::residual_layer_norm(const ResidualLayerNormKernels& kernels,
                                         const at::Tensor& weight, const at::Tensor& bias,
                                         double eps, OptionalType dtype) {
   check_forward(x, update, weight, bias, eps, dtype);
-  const FourTensors results = empty_results(x, update.has_value(), dtype);
+  FourTensors results = empty_results(x, update.has_value(), dtype);
   const auto& [sum, out, mean, scale] = results;
   if (x.numel() > 0) {
     kernels.forward(x.contiguous(), contiguous_or_undefined(update), weight.contiguous(),
@@ -196,7 +196,7 @@ FourTensors detail::residual_layer_norm_backward(const ResidualLayerNormKernels&
                                                  const at::Tensor& scale, const at::Tensor& weight,
                                                  OptionalType update_dtype, bool affine) {
   check_backward(grad, sum_grad, sum, mean, scale, weight, update_dtype);
-  const FourTensors results = empty_gradients(sum, weight, update_dtype, affine);
+  FourTensors results = empty_gradients(sum, weight, update_dtype, affine);
   const auto& [dx, dupdate, dweight, dbias] = results;
   if (sum.numel() == 0) {
     dweight.zero_();

@@ -59,7 +59,7 @@ std::tuple<at::Tensor, at::Tensor> section_cosine_backward_meta(const at::Tensor
 // The rows of x with each section normalised, times its weight where weights are defined.
 at::Tensor normalized(const detail::SectionKernels& kernels, const at::Tensor& x,
                       const at::Tensor& weights, int64_t sections) {
-  const at::Tensor unit = at::empty(x.sizes(), x.options());
+  at::Tensor unit = at::empty(x.sizes(), x.options());
   if (unit.numel() > 0) {
     kernels.normalize(x.contiguous(), weights, unit, sections);
   }
