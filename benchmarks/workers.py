@@ -119,7 +119,8 @@ def by_turns(processes: list[Process], rounds: int) -> None:
 
 def serve(answers: Answers) -> None:
     """Answers lines of JSON on standard input, one command each, until it is closed."""
-    # On GPUs torch's convolutions, unlike its products, round to TF32 unless told otherwise.
+    # The one of torch's default settings that plain does not keep: on GPUs convolutions, unlike
+    # products, round to TF32, and its losses would not be float32's.
     torch.backends.cudnn.allow_tf32 = False
     for line in sys.stdin:
         command = json.loads(line)

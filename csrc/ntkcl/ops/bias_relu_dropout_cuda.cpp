@@ -20,7 +20,7 @@ at::Tensor bias_relu_dropout_cuda(const at::Tensor& x, const at::Tensor& bias,
   NTKCL_OP_CHECK(bias.dim() == 1 || bias.size(0) <= kernels::kMaxGroups, "bias_relu_dropout",
                  "expected at most ", kernels::kMaxGroups, " groups on CUDA, got ", bias.size(0));
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor y = at::empty(x.sizes(), x.options());
   if (y.numel() == 0) {
     return y;
   }

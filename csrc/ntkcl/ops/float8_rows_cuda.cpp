@@ -36,16 +36,15 @@ std::tuple<at::Tensor, at::Tensor> float8_rows_cuda(const at::Tensor& x) {
   auto rows = x.sizes().vec();
   rows.back() = 1;
   const at::Tensor values = at::empty(x.sizes(), x.options().dtype(at::kFloat8_e4m3fn));
-  const auto of_scale = x.options().dtype(at::kFloat);
-  const at::Tensor scale =
-      values.numel() > 0 ? at::empty(rows, of_scale) : at::ones(rows, of_scale);
-  if (values.numel() > 0) {
-    const at::Tensor dense = x.contiguous();
-    if (x.scalar_type() == at::kFloat) {
-      quantise<float>(dense, values, scale);
-    } else {
-      quantise<kernels::BFloat16>(dense, values, scale);
-    }
+  const at::Tensor scale = at::empty(rows, x.options().dtype(at::kFloat));
+  if (values.numel() == 0) {
+    return {values, scale.fill_(1)};
+  }
+  const at::Tensor dense = x.contiguous();
+  if (x.scalar_type() == at::kFloat) {
+    quantise<float>(dense, values, scale);
+  } else {
+    quantise<kernels::BFloat16>(dense, values, scale);
   }
   return {values, scale};
 }

@@ -14,7 +14,7 @@ namespace {
 at::Tensor gelu_cuda(const at::Tensor& x) {
   detail::check_gelu(x);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor y = at::empty(x.sizes(), x.options());
   if (y.numel() == 0) {
     return y;
   }
@@ -31,7 +31,7 @@ at::Tensor gelu_cuda(const at::Tensor& x) {
 at::Tensor gelu_backward_cuda(const at::Tensor& grad, const at::Tensor& x) {
   detail::check_gelu_backward(grad, x);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor dx = at::empty(x.sizes(), x.options());
+  at::Tensor dx = at::empty(x.sizes(), x.options());
   if (dx.numel() == 0) {
     return dx;
   }

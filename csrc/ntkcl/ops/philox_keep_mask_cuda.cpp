@@ -15,7 +15,7 @@ namespace {
 at::Tensor philox_keep_mask_cuda(const at::Tensor& key, at::IntArrayRef size, double p) {
   detail::check_philox_keep_mask(key, c10::fromIntArrayRefSlow(size), p);
   const c10::cuda::CUDAGuard guard(key.device());
-  const at::Tensor mask = at::empty(size, key.options().dtype(at::kByte));
+  at::Tensor mask = at::empty(size, key.options().dtype(at::kByte));
   if (mask.numel() == 0) {
     return mask;
   }

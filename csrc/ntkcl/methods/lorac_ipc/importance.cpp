@@ -104,7 +104,8 @@ at::Tensor freeze_important(const at::Tensor& mask, const at::Tensor& score,
     return next;
   }
   // A frozen matrix scores 0, whatever was computed for it.
-  const at::Tensor free = at::where(mask > 0, score, 0).to(at::kCPU, at::kDouble).contiguous();
+  const at::Tensor free =
+      at::where(mask > 0, score.to(mask.device()), 0).to(at::kCPU, at::kDouble).contiguous();
   if (!free.isfinite().all().item<bool>()) {
     NTKCL_FAIL(NumericalError, kWhere, "expected finite scores, got ", free.min().item<double>(),
                " to ", free.max().item<double>());

@@ -42,7 +42,7 @@ struct Selection {
 };
 
 // The masks in force during the next task: 1 free, 0 frozen for good. mask and score (types,
-// blocks); the score of a frozen matrix does not count.
+// blocks), the score on any device; that of a frozen matrix does not count.
 //
 //   exact     freezes the k free matrices of highest positive score, fewer if there are fewer;
 //             among equals the earlier type, then the earlier block

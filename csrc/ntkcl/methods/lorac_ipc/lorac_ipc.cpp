@@ -255,13 +255,13 @@ at::Tensor LoracIpc::score() const {
     return {};
   }
   if (!by_entry()) {
-    return importance_[0].score().cpu();
+    return importance_[0].score();
   }
   std::vector<at::Tensor> of_types;
   for (const ImportanceAverage& average : importance_) {
     of_types.push_back(average.score().mean({2, 3}, false, at::kDouble).t());
   }
-  return at::cat(of_types).cpu();
+  return at::cat(of_types);
 }
 
 Losses LoracIpc::gradients(const Batch& batch, const StepInfo& step, TaskServices& services) {
