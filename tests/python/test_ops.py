@@ -191,6 +191,8 @@ def test_keep_mask_does_not_depend_on_threads():
 # B, T, H, d, P
 ATTENTIONS = [(1, 1, 1, 1, 0), (2, 5, 3, 4, 0), (3, 40, 2, 64, 0), (2, 7, 2, 8, 3), (2, 2, 1, 4, 1)]
 ATTENTIONS += [(2, 207, 3, 64, 10)]
+# Of widths that processors with tiles multiply by them: at their edges, with most tokens prompts.
+ATTENTIONS += [(1, 1, 1, 32, 0), (2, 16, 3, 32, 0), (1, 33, 2, 96, 31), (2, 32, 2, 64, 1)]
 
 
 def attention_inputs(size, dtype=torch.float32):
@@ -244,13 +246,33 @@ def test_attention_weights_are_softmaxes():
     assert torch.equal(attention(one, 1), torch.tensor([[[3.0], [4.0]]]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_attention_lets_nan_through(bad):
+def test_attention_lets_nan_through(bad, dtype):
     # A diverged run must not look healthy.
-    qkv = random(1, 40, 3 * 4)
-    qkv[0, 3, 4] = bad  # one key: every query of its head meets it
+    qkv = random(1, 40, 3 * 32, dtype=dtype)
+    qkv[0, 3, 32] = bad  # one key: every query of its head meets it
     out = attention(qkv, 1)
     assert out.isnan().all() if bad != bad else out.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_reads_only_its_head(dtype):
+    # Another image's or head's NaN, also in the memory that is used again, reaches nothing.
+    qkv = random(3, 37, 3 * 2 * 32, dtype=dtype)
+    gate = random(2, dtype=dtype, seed=1)
+    grad = random(3, 37, 2 * 32, dtype=dtype, seed=2)
+    bad, bad_grad = qkv.clone(), grad.clone()
+    bad[1] = bad.view(3, 37, 3, 2, 32)[2, :, :, 0] = float("nan")
+    bad_grad[1] = float("nan")
+    results = []
+    for x, dout in ((bad, bad_grad), (qkv, grad)):
+        out = attention(x, 2, gate, 4)
+        dqkv, _ = torch.ops.ntkcl.attention_backward(dout, x, 2, gate, 4)
+        results.append((out.view(3, 37, 2, 32), dqkv.view(3, 37, 3, 2, 32)))
+    for with_bad, without in zip(*results, strict=True):
+        assert torch.equal(with_bad[0], without[0])
+        assert torch.equal(with_bad[2, ..., 1, :], without[2, ..., 1, :])
 
 
 def test_attention_non_contiguous():
@@ -274,9 +296,10 @@ def test_attention_zero_size(shape):
     assert qkv.grad.shape == shape
 
 
-def test_attention_does_not_depend_on_threads():
-    qkv = random(3, 70, 3 * 8, dtype=torch.float64, requires_grad=True)
-    gate = random(2, dtype=torch.float64, seed=1, requires_grad=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_does_not_depend_on_threads(dtype):
+    qkv = random(3, 70, 3 * 64, dtype=dtype, requires_grad=True)
+    gate = random(2, dtype=dtype, seed=1, requires_grad=True)
     threads = torch.get_num_threads()
     results = []
     try:

@@ -5,8 +5,10 @@
 #include <limits>
 #include <type_traits>
 
+#include "ntkcl/kernels/attention_amx.h"
 #include "ntkcl/kernels/exp.h"
 #include "ntkcl/kernels/lanes.h"
+#include "ntkcl/kernels/scratch.h"
 #include "ntkcl/kernels/small_matmul_cpu.h"
 
 #ifdef NTKCL_X86_VERSIONS
@@ -204,23 +206,6 @@ NTKCL_X86_BF16 void transpose(const BFloat16* x, int64_t rows, int64_t columns, 
   }
 }
 #endif
-
-// Hands out the parts of a thread's scratch memory, or counts them.
-class Scratch {
- public:
-  explicit Scratch(std::byte* memory) : begin_(memory) {}
-  template <class E>
-  E* take(int64_t rows, int64_t columns) {
-    std::byte* part = begin_ ? begin_ + used_ : nullptr;
-    used_ += in_tiles(rows * columns * static_cast<int64_t>(sizeof(E)), 64);
-    return reinterpret_cast<E*>(part);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  std::byte* begin_;
-  int64_t used_ = 0;
-};
 
 // ---- One head of one image ----
 
@@ -501,6 +486,9 @@ constexpr bool kHasPairs = false;
 
 template <class T>
 int64_t attention_scratch(const AttentionSizes& sizes) {
+  if (kHasPairs<T> && attention_has_tiles(sizes)) {
+    return attention_amx_scratch(sizes);
+  }
   Scratch scratch(nullptr);
   ForwardMemory<Compute<T>>(scratch, sizes);
   return scratch.used();
@@ -508,6 +496,9 @@ int64_t attention_scratch(const AttentionSizes& sizes) {
 
 template <class T>
 int64_t attention_backward_scratch(const AttentionSizes& sizes) {
+  if (kHasPairs<T> && attention_has_tiles(sizes)) {
+    return attention_backward_amx_scratch(sizes);
+  }
   Scratch scratch(nullptr);
   BackwardMemory<Compute<T>>(scratch, sizes);
   return scratch.used();
@@ -516,6 +507,9 @@ int64_t attention_backward_scratch(const AttentionSizes& sizes) {
 template <class T>
 void attention_cpu(const Attention<T>& args, int64_t first, int64_t last, std::byte* scratch) {
   if constexpr (kHasPairs<T>) {
+    if (attention_has_tiles(args.sizes)) {
+      return attention_amx(args, first, last, scratch);
+    }
     if (has_bfloat16_products()) {
       return forward<T, BFloat16Pair>(args, first, last, scratch);
     }
@@ -527,6 +521,9 @@ template <class T>
 void attention_backward_cpu(const AttentionBackward<T>& args, int64_t first, int64_t last,
                             std::byte* scratch) {
   if constexpr (kHasPairs<T>) {
+    if (attention_has_tiles(args.sizes)) {
+      return attention_backward_amx(args, first, last, scratch);
+    }
     if (has_bfloat16_products()) {
       return backward<T, BFloat16Pair>(args, first, last, scratch);
     }

@@ -4,7 +4,6 @@
 
 #include "ntkcl/core/error.h"
 #include "ntkcl/kernels/multiversion.h"
-#include "ntkcl/kernels/small_matmul_amx.h"
 
 #ifdef NTKCL_X86_VERSIONS
 #include <immintrin.h>
@@ -176,9 +175,6 @@ template std::vector<SmallMatmulVersion<double>> small_matmul_versions();
 template <>
 std::vector<SmallMatmulVersion<BFloat16Pair>> small_matmul_versions() {
   std::vector<SmallMatmulVersion<BFloat16Pair>> versions;
-  if (has_amx()) {
-    versions.push_back({"amx", small_matmul_amx});
-  }
   if (has_bfloat16_products()) {
     versions.push_back({"avx512bf16", compute_pairs});
   }
