@@ -5,13 +5,11 @@
 #include <limits>
 
 #include "ntkcl/core/error.h"
-#include "ntkcl/kernels/exp.h"
-#include "ntkcl/kernels/multiversion.h"
+#include "ntkcl/kernels/bfloat16_x86.h"
 #include "ntkcl/kernels/scratch.h"
 
 #if defined(NTKCL_X86_VERSIONS) && defined(__linux__)
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #define NTKCL_HAS_AMX
@@ -162,17 +160,14 @@ NTKCL_X86_AMX void multiply_across(const TileProduct& p, int64_t columns) {
 
 // ---- Rows of bfloat16 ----
 
-// Instructions without a mask make gcc 12 warn of its headers.
-constexpr __mmask16 kAll = 0xFFFF;
-
 // x[i][j] = x[j][i], 16 x 16.
 NTKCL_X86_AMX NTKCL_INLINE void transpose(__m512i (&x)[16]) {
   __m512i y[16];
   // Pairs of rows, pairs of pairs, and then quarters of rows twice.
 #pragma GCC unroll 8
   for (int j = 0; j < 16; j += 2) {
-    y[j] = _mm512_maskz_unpacklo_epi32(kAll, x[j], x[j + 1]);
-    y[j + 1] = _mm512_maskz_unpackhi_epi32(kAll, x[j], x[j + 1]);
+    y[j] = _mm512_maskz_unpacklo_epi32(kAllLanes, x[j], x[j + 1]);
+    y[j + 1] = _mm512_maskz_unpackhi_epi32(kAllLanes, x[j], x[j + 1]);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 16; j += 4) {
@@ -183,25 +178,19 @@ NTKCL_X86_AMX NTKCL_INLINE void transpose(__m512i (&x)[16]) {
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m512i low = _mm512_maskz_shuffle_i32x4(kAll, x[i], x[i + 4], 0x88);
-    const __m512i high = _mm512_maskz_shuffle_i32x4(kAll, x[i + 8], x[i + 12], 0x88);
-    const __m512i low_odd = _mm512_maskz_shuffle_i32x4(kAll, x[i], x[i + 4], 0xDD);
-    const __m512i high_odd = _mm512_maskz_shuffle_i32x4(kAll, x[i + 8], x[i + 12], 0xDD);
-    y[i] = _mm512_maskz_shuffle_i32x4(kAll, low, high, 0x88);
-    y[i + 4] = _mm512_maskz_shuffle_i32x4(kAll, low_odd, high_odd, 0x88);
-    y[i + 8] = _mm512_maskz_shuffle_i32x4(kAll, low, high, 0xDD);
-    y[i + 12] = _mm512_maskz_shuffle_i32x4(kAll, low_odd, high_odd, 0xDD);
+    const __m512i low = _mm512_maskz_shuffle_i32x4(kAllLanes, x[i], x[i + 4], 0x88);
+    const __m512i high = _mm512_maskz_shuffle_i32x4(kAllLanes, x[i + 8], x[i + 12], 0x88);
+    const __m512i low_odd = _mm512_maskz_shuffle_i32x4(kAllLanes, x[i], x[i + 4], 0xDD);
+    const __m512i high_odd = _mm512_maskz_shuffle_i32x4(kAllLanes, x[i + 8], x[i + 12], 0xDD);
+    y[i] = _mm512_maskz_shuffle_i32x4(kAllLanes, low, high, 0x88);
+    y[i + 4] = _mm512_maskz_shuffle_i32x4(kAllLanes, low_odd, high_odd, 0x88);
+    y[i + 8] = _mm512_maskz_shuffle_i32x4(kAllLanes, low, high, 0xDD);
+    y[i + 12] = _mm512_maskz_shuffle_i32x4(kAllLanes, low_odd, high_odd, 0xDD);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
     x[i] = y[i];
   }
-}
-
-// Sixteen numbers, each in the lower half of 32 bits.
-NTKCL_X86_AMX NTKCL_INLINE __m512i lower_halves(const BFloat16* x) {
-  const __m256i sixteen = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  return _mm512_maskz_cvtepu16_epi32(kAll, sixteen);
 }
 
 // Some rows of a head's queries, keys, values or gradient, as they lie among packed tokens. Those
@@ -217,7 +206,7 @@ struct HeadRows {
     const __m512i none = _mm512_setzero_si512();
     const __m512i first_row = i < count ? lower_halves(row(i) + column) : none;
     const __m512i second = i + 1 < count ? lower_halves(row(i + 1) + column) : none;
-    return _mm512_or_si512(first_row, _mm512_maskz_slli_epi32(kAll, second, 16));
+    return _mm512_or_si512(first_row, _mm512_maskz_slli_epi32(kAllLanes, second, 16));
   }
 
   // (rows, width), side by side.
@@ -274,19 +263,6 @@ struct HeadRows {
   }
 };
 
-// Thirty-two numbers, `low` before `high`.
-NTKCL_X86_AMX NTKCL_INLINE __m512i rounded(__m512 low, __m512 high) {
-  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
-
-// Numbers i and i + 16 of x, side by side as pair i.
-NTKCL_X86_AMX NTKCL_INLINE __m512i as_pairs(__m512i x) {
-  alignas(64) static constexpr int16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                     21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), x);
-}
-
 // c (width, 16) times factor, as the first `count` of 16 rows.
 NTKCL_X86_AMX void store_columns(const float* c, float factor, int64_t count, int64_t width,
                                  BFloat16* to, int64_t stride) {
@@ -323,21 +299,14 @@ NTKCL_X86_AMX void store_rows(const float* c, float factor, int64_t count, int64
 
 // ---- Softmaxes down the columns of scores (keys, 16) ----
 
-// 2^x for x <= 0, as power_near() of exp.h; 0 below what exp_of() takes for 0. NaN stays NaN.
+// 2^x for x <= 0; 0 below what exp_of() takes for 0. NaN stays NaN.
 NTKCL_X86_AMX NTKCL_INLINE __m512 power(__m512 x) {
-  const __m512 end = _mm512_set1_ps(kExpEnd * kLog2E), round = _mm512_set1_ps(kRound);
-  const __mmask16 some = _mm512_cmp_ps_mask(x, end, _CMP_NLT_UQ);
-  const __m512 shifted = x + round, n = shifted - round, r = x - n;
-  __m512 p = _mm512_set1_ps(kPowerNear[0]);
-#pragma GCC unroll 4
-  for (int i = 1; i < 5; ++i) {
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(kPowerNear[i]));
-  }
-  return _mm512_maskz_scalef_ps(some, p, n);
+  const __m512 end = _mm512_set1_ps(kExpEnd * kLog2E);
+  return power_near(_mm512_cmp_ps_mask(x, end, _CMP_NLT_UQ), x);
 }
 
 NTKCL_X86_AMX NTKCL_INLINE __m512 larger(__m512 a, __m512 b) {
-  return _mm512_maskz_max_ps(kAll, a, b);
+  return _mm512_maskz_max_ps(kAllLanes, a, b);
 }
 
 // The keys that share a softmax: two ranges of rows.
@@ -610,8 +579,8 @@ NTKCL_X86_AMX void backward_head(const AttentionBackward<BFloat16>& args, const 
 bool ask_for_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kBFloat16 = 1U << 22, kTiles = 1U << 24;
-  if (!has_x86_v4() || !__builtin_cpu_supports("avx512bf16") ||
-      !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBFloat16) || !(d & kTiles)) {
+  if (!has_x86_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBFloat16) ||
+      !(d & kTiles)) {
     return false;
   }
   constexpr long kRequestPermission = 0x1023, kTileData = 18;

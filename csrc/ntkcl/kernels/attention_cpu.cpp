@@ -6,14 +6,11 @@
 #include <type_traits>
 
 #include "ntkcl/kernels/attention_amx.h"
+#include "ntkcl/kernels/bfloat16_x86.h"
 #include "ntkcl/kernels/exp.h"
 #include "ntkcl/kernels/lanes.h"
 #include "ntkcl/kernels/scratch.h"
 #include "ntkcl/kernels/small_matmul_cpu.h"
-
-#ifdef NTKCL_X86_VERSIONS
-#include <immintrin.h>
-#endif
 
 // Head by head, with everything of a head in the second-level cache: per query and head
 // 4 * tokens * width FLOPs forward, 10 backward, and from memory only qkv, out and their gradients.
@@ -162,11 +159,6 @@ const BFloat16Pair* along_columns(const BFloat16* x, int64_t, BFloat16Pair*) {
   return reinterpret_cast<const BFloat16Pair*>(x);
 }
 
-// Sixteen numbers in bfloat16, each in the lower half of 32 bits.
-NTKCL_X86_BF16 NTKCL_INLINE __m512i lower_halves(const BFloat16* x) {
-  const __m256i sixteen = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  return _mm512_maskz_cvtepu16_epi32(0xFFFF, sixteen);
-}
 NTKCL_X86_BF16 NTKCL_INLINE __m512i lower_halves(const float* x) {
   return _mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x)));
 }

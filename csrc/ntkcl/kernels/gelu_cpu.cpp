@@ -3,7 +3,9 @@
 #include <bit>
 #include <cmath>
 #include <iterator>
+#include <type_traits>
 
+#include "ntkcl/kernels/bfloat16_x86.h"
 #include "ntkcl/kernels/exp.h"
 
 // Beyond t >= 0 the normal distribution has the tail exp(-t^2 / 2) Q(t) with a smooth Q: one
@@ -111,15 +113,93 @@ NTKCL_LOOPS(double)
 NTKCL_LOOPS(BFloat16)
 #undef NTKCL_LOOPS
 
+#ifdef NTKCL_X86_VERSIONS
+// The same where the processor rounds to bfloat16 itself, without a division.
+struct BeyondLanes {
+  __m512 tail, t_tail, t_slope;
+};
+
+NTKCL_X86_BF16 NTKCL_INLINE BeyondLanes beyond(__m512 x) {
+  using F = Fit<BFloat16>;
+  const __m512 size = _mm512_abs_ps(x), end = _mm512_set1_ps(kEnd);
+  const __m512 t = _mm512_maskz_min_ps(kAllLanes, size, end);  // of NaN: kEnd
+  const __m512 e =
+      power_near(_mm512_cmp_ps_mask(size, end, _CMP_LT_OQ), _mm512_set1_ps(-0.72134752F) * t * t);
+  const __m512 denominator = t + _mm512_set1_ps(F::kCentre);
+  const __m512 near = _mm512_maskz_rcp14_ps(kAllLanes, denominator);
+  const __m512 inverse = near * _mm512_fnmadd_ps(denominator, near, _mm512_set1_ps(2.0F));
+  const __m512 s = (t - _mm512_set1_ps(F::kCentre)) * inverse;
+  __m512 p = _mm512_set1_ps(F::kP[4]);
+#pragma GCC unroll 4
+  for (int i = 3; i >= 0; --i) {
+    p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(F::kP[i]));
+  }
+  const __m512 tail = e * (p * inverse);
+  return {tail, t * tail, e * (t * _mm512_set1_ps(static_cast<float>(kInverseSqrt2Pi)))};
+}
+
+// The first n of 32 numbers.
+NTKCL_X86_BF16 NTKCL_INLINE __mmask32 lanes_before(int64_t n) {
+  return n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
+}
+
+NTKCL_X86_BF16 NTKCL_INLINE __m512 gelu_of(__m512 v) {
+  return _mm512_maskz_max_ps(kAllLanes, _mm512_setzero_ps(), v) - beyond(v).t_tail;
+}
+
+NTKCL_X86_BF16 NTKCL_INLINE __m512 slope_of(__m512 v) {
+  const BeyondLanes b = beyond(v);
+  const __m512 below = b.tail - b.t_slope, above = _mm512_set1_ps(1.0F) - below;
+  const __mmask16 negative = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_mask_blend_ps(nan, _mm512_mask_blend_ps(negative, above, below), v);
+}
+
+NTKCL_X86_BF16 void forward_lanes(const BFloat16* x, BFloat16* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += 32) {
+    const __mmask32 some = lanes_before(n - i);
+    const __m512i v = _mm512_maskz_loadu_epi16(some, x + i);
+    const __m512i both = rounded(gelu_of(firsts(v)), gelu_of(seconds(v)));
+    _mm512_mask_storeu_epi16(y + i, some, as_pairs(both));
+  }
+}
+
+NTKCL_X86_BF16 void backward_lanes(const BFloat16* grad, const BFloat16* x, BFloat16* dx,
+                                   int64_t n) {
+  for (int64_t i = 0; i < n; i += 32) {
+    const __mmask32 some = lanes_before(n - i);
+    const __m512i v = _mm512_maskz_loadu_epi16(some, x + i);
+    const __m512i g = _mm512_maskz_loadu_epi16(some, grad + i);
+    const __m512i both =
+        rounded(firsts(g) * slope_of(firsts(v)), seconds(g) * slope_of(seconds(v)));
+    _mm512_mask_storeu_epi16(dx + i, some, as_pairs(both));
+  }
+}
+#endif
+
 }  // namespace
 
 template <class T>
 void gelu_cpu(const Gelu<T>& args, int64_t first, int64_t last) {
+#ifdef NTKCL_X86_VERSIONS
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (has_x86_bf16()) {
+      return forward_lanes(args.x + first, args.y + first, last - first);
+    }
+  }
+#endif
   forward(args.x + first, args.y + first, last - first);
 }
 
 template <class T>
 void gelu_backward_cpu(const GeluBackward<T>& args, int64_t first, int64_t last) {
+#ifdef NTKCL_X86_VERSIONS
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (has_x86_bf16()) {
+      return backward_lanes(args.grad + first, args.x + first, args.dx + first, last - first);
+    }
+  }
+#endif
   backward(args.grad + first, args.x + first, args.dx + first, last - first);
 }
 

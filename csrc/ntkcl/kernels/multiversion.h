@@ -30,5 +30,8 @@ inline bool has_x86_v4() {
   return has_x86_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+inline bool has_x86_bf16() {
+  return has_x86_v4() && __builtin_cpu_supports("avx512bf16");
+}
 }  // namespace ntkcl::kernels
 #endif

@@ -182,7 +182,7 @@ std::vector<SmallMatmulVersion<BFloat16Pair>> small_matmul_versions() {
 }
 
 bool has_bfloat16_products() {
-  return has_x86_v4() && __builtin_cpu_supports("avx512bf16");
+  return has_x86_bf16();
 }
 #else
 template <>
