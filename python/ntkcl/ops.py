@@ -43,8 +43,8 @@ def attention(
 
     For the few hundred tokens of a vision transformer faster on CPU than torch's
     scaled_dot_product_attention (see benchmarks/ops.py). Keeps only qkv for the backward pass.
-    Of bfloat16, all is computed in float32 on CPU; on CUDA, where torch's own is the faster one,
-    scores and weights are rounded to bfloat16.
+    Of bfloat16, sums and softmaxes are float32 on CPU, and weights are rounded for the products; on
+    CUDA, where torch's own is the faster one, scores are rounded, too.
 
     Args:
         qkv: (B, T, 3*C), float32, float64 or bfloat16: a token's q, k and v, each head by head.

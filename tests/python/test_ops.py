@@ -192,7 +192,9 @@ def test_keep_mask_does_not_depend_on_threads():
 ATTENTIONS = [(1, 1, 1, 1, 0), (2, 5, 3, 4, 0), (3, 40, 2, 64, 0), (2, 7, 2, 8, 3), (2, 2, 1, 4, 1)]
 ATTENTIONS += [(2, 207, 3, 64, 10)]
 # Of widths that processors with tiles multiply by them: at their edges, with most tokens prompts.
-ATTENTIONS += [(1, 1, 1, 32, 0), (2, 16, 3, 32, 0), (1, 33, 2, 96, 31), (2, 32, 2, 64, 1)]
+ATTENTIONS += [(1, 1, 1, 32, 0), (2, 16, 3, 32, 0), (1, 33, 2, 96, 31), (2, 32, 2, 128, 1)]
+# And of others.
+ATTENTIONS += [(2, 207, 3, 48, 10), (1, 65, 1, 8, 0)]
 
 
 def attention_inputs(size, dtype=torch.float32):
@@ -257,6 +259,26 @@ def test_attention_lets_nan_through(bad, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_scores_beyond_all_rounding(dtype):
+    # A product of so large a score has an absolute error in which an exponent is lost.
+    qkv = torch.full((1, 1, 3 * 32), 29952.0, dtype=dtype)
+    assert torch.equal(attention(qkv, 1), qkv[..., :32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [16, 17])
+def test_attention_backward_of_a_key_without_weight(tokens, dtype):
+    # Minus infinity takes one key out; the gradients of the others are numbers.
+    qkv = random(1, tokens, 3 * 32, dtype=dtype)
+    qkv[..., :32] = qkv[..., :32].abs() + 1
+    qkv[0, 5, 32] = -float("inf")
+    grad = random(1, tokens, 32, dtype=dtype, seed=1)
+    dqkv, _ = torch.ops.ntkcl.attention_backward(grad, qkv, 1, None, 0)
+    assert attention(qkv, 1).isfinite().all()
+    assert dqkv[..., 32:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_reads_only_its_head(dtype):
     # Another image's or head's NaN, also in the memory that is used again, reaches nothing.
     qkv = random(3, 37, 3 * 2 * 32, dtype=dtype)
@@ -266,10 +288,15 @@ def test_attention_reads_only_its_head(dtype):
     bad[1] = bad.view(3, 37, 3, 2, 32)[2, :, :, 0] = float("nan")
     bad_grad[1] = float("nan")
     results = []
-    for x, dout in ((bad, bad_grad), (qkv, grad)):
-        out = attention(x, 2, gate, 4)
-        dqkv, _ = torch.ops.ntkcl.attention_backward(dout, x, 2, gate, 4)
-        results.append((out.view(3, 37, 2, 32), dqkv.view(3, 37, 3, 2, 32)))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # one memory for all heads
+        for x, dout in ((bad, bad_grad), (qkv, grad)):
+            out = attention(x, 2, gate, 4)
+            dqkv, _ = torch.ops.ntkcl.attention_backward(dout, x, 2, gate, 4)
+            results.append((out.view(3, 37, 2, 32), dqkv.view(3, 37, 3, 2, 32)))
+    finally:
+        torch.set_num_threads(threads)
     for with_bad, without in zip(*results, strict=True):
         assert torch.equal(with_bad[0], without[0])
         assert torch.equal(with_bad[2, ..., 1, :], without[2, ..., 1, :])
@@ -593,12 +620,13 @@ def test_gelu_at_the_ends(dtype):
     torch.testing.assert_close(x.grad, slopes, rtol=0, atol=1e-3, equal_nan=True)
 
 
-def test_gelu_shapes_and_threads():
-    x = random(40, 30, 50, requires_grad=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_shapes_and_threads(dtype):
+    x = random(41, 31, 51, dtype=dtype, requires_grad=True)
     permuted = x.permute(2, 0, 1)
     assert gelu(permuted).is_contiguous()
     assert torch.equal(gelu(permuted), gelu(permuted.contiguous()))
-    assert gelu(x[:0]).shape == (0, 30, 50)
+    assert gelu(x[:0]).shape == (0, 31, 51)
     assert gelu(x[0, 0, 0]).shape == ()
     for first, second in zip(*over_threads(lambda: with_gradient(gelu, x)), strict=True):
         assert torch.equal(first, second)

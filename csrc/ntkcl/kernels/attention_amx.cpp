@@ -6,6 +6,7 @@
 
 #include "ntkcl/core/error.h"
 #include "ntkcl/kernels/bfloat16_x86.h"
+#include "ntkcl/kernels/multiversion.h"
 #include "ntkcl/kernels/scratch.h"
 
 #if defined(NTKCL_X86_VERSIONS) && defined(__linux__)
@@ -33,10 +34,9 @@ namespace {
 constexpr int64_t kTile = 16;      // rows of a tile; sums or pairs in one of them
 constexpr int64_t kStep = 32;      // numbers that one product of tiles sums over
 constexpr int64_t kRowBytes = 64;  // of a tile
-
-int64_t rounded_up(int64_t n, int64_t to) {
-  return (n + to - 1) / to * to;
-}
+constexpr int kRegisters = 6;
+// The weights of longer heads do not fit in the second-level cache, and grow as the square.
+constexpr int64_t kMostTokens = 1024;
 
 // ---- Products of tiles ----
 
@@ -49,14 +49,14 @@ struct alignas(64) TileShapes {
 
 // The compiler does not know what tile instructions read: what was written before is in memory now,
 // and what is written after is not yet.
-NTKCL_X86_AMX NTKCL_INLINE void fence() {
+NTKCL_INLINE void fence() {
   __asm__ volatile("" : : : "memory");
 }
 
 NTKCL_X86_AMX void begin_tiles() {
   TileShapes shapes;
-  std::fill_n(shapes.row_bytes, 8, static_cast<uint16_t>(kRowBytes));
-  std::fill_n(shapes.rows, 8, static_cast<uint8_t>(kTile));
+  std::fill_n(shapes.row_bytes, kRegisters, static_cast<uint16_t>(kRowBytes));
+  std::fill_n(shapes.rows, kRegisters, static_cast<uint8_t>(kTile));
   fence();
   _tile_loadconfig(&shapes);
   fence();
@@ -66,7 +66,8 @@ NTKCL_X86_AMX void end_tiles() {
   _tile_release();
 }
 
-// c = a b. a: rows of numbers; b: rows of pairs, each of two rows of numbers; all in whole tiles.
+// c = a b, 16 columns of it. a: rows of numbers; b: rows of pairs, each of two rows of numbers; all in
+// whole tiles.
 struct TileProduct {
   const BFloat16* a;
   int64_t a_row;  // numbers
@@ -74,6 +75,7 @@ struct TileProduct {
   int64_t b_row;  // pairs
   float* c;
   int64_t c_row;
+  int64_t rows;
   int64_t steps;  // of 32 numbers, along the sums
 };
 
@@ -86,14 +88,14 @@ struct TileProduct {
     run(2);                   \
     run(3);                   \
   }
-#define NTKCL_ZERO(t) _tile_zero(t)
 
-// kTiles tiles of c, one below the other.
+// kTiles tiles of c, one below the other: they stay in registers 0 to 3.
 template <int kTiles>
-NTKCL_X86_AMX NTKCL_INLINE void compute_down(const TileProduct& p, int64_t row) {
+NTKCL_X86_AMX NTKCL_INLINE void compute_tiles(const TileProduct& p, int64_t row) {
   const BFloat16* a = p.a + row * p.a_row;
   float* c = p.c + row * p.c_row;
   const int64_t a_bytes = p.a_row * 2, b_bytes = p.b_row * 4, c_bytes = p.c_row * 4;
+#define NTKCL_ZERO(t) _tile_zero(t)
   NTKCL_FOR_TILES(NTKCL_ZERO)
   for (int64_t step = 0; step < p.steps; ++step) {
     _tile_loadd(NTKCL_B, p.b + step * kTile * p.b_row, b_bytes);
@@ -104,56 +106,22 @@ NTKCL_X86_AMX NTKCL_INLINE void compute_down(const TileProduct& p, int64_t row) 
   }
 #define NTKCL_STORE(t) _tile_stored(t, c + kTile * (t)*p.c_row, c_bytes)
   NTKCL_FOR_TILES(NTKCL_STORE)
-#undef NTKCL_MULTIPLY
-#undef NTKCL_STORE
-}
-
-// kTiles tiles of c, side by side.
-template <int kTiles>
-NTKCL_X86_AMX NTKCL_INLINE void compute_across(const TileProduct& p, int64_t column) {
-  const int32_t* b = p.b + column;
-  float* c = p.c + column;
-  const int64_t a_bytes = p.a_row * 2, b_bytes = p.b_row * 4, c_bytes = p.c_row * 4;
-  NTKCL_FOR_TILES(NTKCL_ZERO)
-  for (int64_t step = 0; step < p.steps; ++step) {
-    _tile_loadd(NTKCL_A, p.a + step * kStep, a_bytes);
-#define NTKCL_MULTIPLY(t)                                                  \
-  _tile_loadd(NTKCL_B, b + kTile * (t) + step * kTile * p.b_row, b_bytes); \
-  _tile_dpbf16ps(t, NTKCL_A, NTKCL_B)
-    NTKCL_FOR_TILES(NTKCL_MULTIPLY)
-  }
-#define NTKCL_STORE(t) _tile_stored(t, c + kTile * (t), c_bytes)
-  NTKCL_FOR_TILES(NTKCL_STORE)
+#undef NTKCL_ZERO
 #undef NTKCL_MULTIPLY
 #undef NTKCL_STORE
 }
 #undef NTKCL_A
 #undef NTKCL_B
 #undef NTKCL_FOR_TILES
-#undef NTKCL_ZERO
 
-// c (rows, 16)
-NTKCL_X86_AMX void multiply_down(const TileProduct& p, int64_t rows) {
+NTKCL_X86_AMX void multiply(const TileProduct& p) {
   fence();
   int64_t row = 0;
-  for (; row + 4 * kTile <= rows; row += 4 * kTile) {
-    compute_down<4>(p, row);
+  for (; row + 4 * kTile <= p.rows; row += 4 * kTile) {
+    compute_tiles<4>(p, row);
   }
-  for (; row < rows; row += kTile) {
-    compute_down<1>(p, row);
-  }
-  fence();
-}
-
-// c (16, columns)
-NTKCL_X86_AMX void multiply_across(const TileProduct& p, int64_t columns) {
-  fence();
-  int64_t column = 0;
-  for (; column + 4 * kTile <= columns; column += 4 * kTile) {
-    compute_across<4>(p, column);
-  }
-  for (; column < columns; column += kTile) {
-    compute_across<1>(p, column);
+  for (; row < p.rows; row += kTile) {
+    compute_tiles<1>(p, row);
   }
   fence();
 }
@@ -246,13 +214,14 @@ struct HeadRows {
     }
   }
 
-  // (width / 2, 16) of pairs: rows i to i + 16 in columns.
-  NTKCL_X86_AMX void copy_columns(int64_t i, int32_t* to) const {
+  // (width / 2, 16) of pairs: rows `begin` to begin + 16 in columns.
+  NTKCL_X86_AMX void copy_columns(int64_t begin, int32_t* to) const {
     for (int64_t column = 0; column < width; column += kStep) {
       __m512i x[16];
 #pragma GCC unroll 16
       for (int j = 0; j < 16; ++j) {
-        x[j] = i + j < count ? _mm512_loadu_si512(row(i + j) + column) : _mm512_setzero_si512();
+        const int64_t i = begin + j;
+        x[j] = i < count ? _mm512_loadu_si512(row(i) + column) : _mm512_setzero_si512();
       }
       transpose(x);
 #pragma GCC unroll 16
@@ -272,7 +241,7 @@ NTKCL_X86_AMX void store_columns(const float* c, float factor, int64_t count, in
 #pragma GCC unroll 16
     for (int j = 0; j < 16; ++j) {
       const float* pair = c + (column + 2 * j) * kTile;
-      x[j] = as_pairs(rounded(_mm512_load_ps(pair) * f, _mm512_load_ps(pair + kTile) * f));
+      x[j] = as_pairs(rounded_pair(_mm512_load_ps(pair) * f, _mm512_load_ps(pair + kTile) * f));
     }
     transpose(x);
 #pragma GCC unroll 16
@@ -292,7 +261,7 @@ NTKCL_X86_AMX void store_rows(const float* c, float factor, int64_t count, int64
     for (int64_t column = 0; column < width; column += kStep) {
       const float* x = c + i * width + column;
       _mm512_storeu_si512(to + i * stride + column,
-                          rounded(_mm512_load_ps(x) * f, _mm512_load_ps(x + kTile) * f));
+                          rounded_pair(_mm512_load_ps(x) * f, _mm512_load_ps(x + kTile) * f));
     }
   }
 }
@@ -320,7 +289,7 @@ struct Softmax {
   __m512 along;  // sum of weights * dweights, where these are given
 };
 
-// Turns scores into powers. `exponent`: of 2, for a score of 1.
+// Turns scores into 2^(exponent * (score - the largest)).
 NTKCL_X86_AMX NTKCL_INLINE Softmax softmax(const Keys& keys, float exponent, float* scores,
                                            const float* dweights) {
   const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
@@ -337,12 +306,12 @@ NTKCL_X86_AMX NTKCL_INLINE Softmax softmax(const Keys& keys, float exponent, flo
       largest[0] = larger(_mm512_load_ps(scores + key * kTile), largest[0]);
     }
   }
-  const __m512 f = _mm512_set1_ps(exponent);
-  const __m512 shift = larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])) * f;
+  const __m512 most = larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
   __m512 sum = _mm512_setzero_ps(), dot = _mm512_setzero_ps();
   for (const auto& [first, last] : keys.ranges) {
     for (int64_t key = first; key < last; ++key) {
-      const __m512 x = power(_mm512_fmsub_ps(_mm512_load_ps(scores + key * kTile), f, shift));
+      const __m512 below = _mm512_load_ps(scores + key * kTile) - most;  // exactly 0 of the largest
+      const __m512 x = power(below * _mm512_set1_ps(exponent));
       _mm512_store_ps(scores + key * kTile, x);
       sum += x;
       if (dweights) {
@@ -360,7 +329,7 @@ struct Sizes {
   int64_t tokens, prompts, width;
   int64_t rows;    // tokens in whole tiles
   int64_t padded;  // and in whole steps
-  float exponent, scale;
+  float scale, exponent;
 
   explicit Sizes(const AttentionSizes& s)
       : tokens(s.tokens),
@@ -368,13 +337,32 @@ struct Sizes {
         width(s.width),
         rows(rounded_up(s.tokens, kTile)),
         padded(rounded_up(s.tokens, kStep)),
-        scale(1.0F / std::sqrt(static_cast<float>(s.width))) {
-    exponent = scale * kLog2E;
-  }
+        scale(1.0F / std::sqrt(static_cast<float>(s.width))),
+        exponent(scale * kLog2E) {}
 
   Keys all_but_prompts() const { return {{{0, 1}, {prompts + 1, tokens}}}; }
   Keys of_prompts() const { return {{{1, prompts + 1}, {0, 0}}}; }
-  bool is_prompt(int64_t key) const { return 1 <= key && key <= prompts; }
+};
+
+// The softmaxes of 16 queries; a prompt's share has the gate in it.
+struct Softmaxes {
+  Softmax others, prompts;
+  int64_t count;  // of prompts
+
+  NTKCL_X86_AMX NTKCL_INLINE Softmaxes(const Sizes& s, float gate, float* scores,
+                                       const float* dweights)
+      : others(softmax(s.all_but_prompts(), s.exponent, scores, dweights)),
+        prompts(others),
+        count(s.prompts) {
+    if (count > 0) {
+      prompts = softmax(s.of_prompts(), s.exponent, scores, dweights);
+      prompts.share *= _mm512_set1_ps(gate);
+    }
+  }
+
+  NTKCL_X86_AMX NTKCL_INLINE const Softmax& of(int64_t key) const {
+    return 1 <= key && key <= count ? prompts : others;
+  }
 };
 
 // Where a head's rows begin among packed tokens of `parts` projections.
@@ -410,28 +398,20 @@ struct ForwardMemory {
         mixed(scratch.take<float>(s.width, kTile)) {}
 };
 
-// The weights of 16 queries as pairs of keys; `weights` is zero behind the last key.
-NTKCL_X86_AMX void forward_weights(const Sizes& s, float* scores, float gate, int32_t* weights) {
-  const Softmax others = softmax(s.all_but_prompts(), s.exponent, scores, nullptr);
-  Softmax prompts = others;
-  if (s.prompts > 0) {
-    prompts = softmax(s.of_prompts(), s.exponent, scores, nullptr);
-    prompts.share *= _mm512_set1_ps(gate);
-  }
-  const auto weight = [&](int64_t key) NTKCL_X86_AMX NTKCL_INLINE_LAMBDA {
-    return _mm512_load_ps(scores + key * kTile) * (s.is_prompt(key) ? prompts.share : others.share);
+// The weights of 16 queries as pairs of keys.
+NTKCL_X86_AMX void forward_weights(const Sizes& s, const ForwardMemory& m, float gate) {
+  const Softmaxes softmaxes(s, gate, m.scores, nullptr);
+  const auto weight = [&](int64_t key) NTKCL_X86_AMX NTKCL_INLINE_LAMBDA -> __m512 {
+    return key < s.tokens ? _mm512_load_ps(m.scores + key * kTile) * softmaxes.of(key).share
+                          : _mm512_setzero_ps();
   };
-  int64_t key = 0;
-  for (; key + 2 <= s.tokens; key += 2) {
-    _mm512_store_si512(weights + key / 2 * kTile, as_pairs(rounded(weight(key), weight(key + 1))));
-  }
-  if (key < s.tokens) {
-    _mm512_store_si512(weights + key / 2 * kTile,
-                       as_pairs(rounded(weight(key), _mm512_setzero_ps())));
+  for (int64_t key = 0; key < s.tokens; key += 2) {
+    _mm512_store_si512(m.weights + key / 2 * kTile,
+                       as_pairs(rounded_pair(weight(key), weight(key + 1))));
   }
 }
 
-// Behind what is written there: what products see of it must be zero.
+// Rows first .. last of x become zero.
 template <class E>
 void clear_rows(E* x, int64_t first, int64_t last, int64_t columns) {
   std::fill(x + first * columns, x + last * columns, E{});
@@ -440,30 +420,30 @@ void clear_rows(E* x, int64_t first, int64_t last, int64_t columns) {
 NTKCL_X86_AMX void forward_head(const Attention<BFloat16>& args, const Sizes& s,
                                 const ForwardMemory& m, int64_t matrix) {
   const Place place(args.sizes, matrix);
-  const int64_t heads = args.sizes.heads;
-  const float gate = args.gate ? load(args.gate[matrix % heads]) : 1.0F;
+  const float gate = args.gate ? load(args.gate[place.head]) : 1.0F;
   const HeadRows queries = place.rows(args.qkv, 0, 3);
   place.rows(args.qkv, 1, 3).copy(s.rows, m.keys);
   place.rows(args.qkv, 2, 3).copy_transposed(s.padded, m.values);
   for (int64_t begin = 0; begin < s.tokens; begin += kTile) {
     queries.copy_columns(begin, m.queries);
-    multiply_down({m.keys, s.width, m.queries, kTile, m.scores, kTile, s.width / kStep}, s.rows);
-    forward_weights(s, m.scores, gate, m.weights);
-    multiply_down({m.values, s.padded, m.weights, kTile, m.mixed, kTile, s.padded / kStep},
-                  s.width);
+    multiply({m.keys, s.width, m.queries, kTile, m.scores, kTile, s.rows, s.width / kStep});
+    forward_weights(s, m, gate);
+    multiply({m.values, s.padded, m.weights, kTile, m.mixed, kTile, s.width, s.padded / kStep});
     store_columns(m.mixed, 1.0F, s.tokens - begin, s.width, args.out + place.at(begin, 0, 1),
                   place.columns);
   }
 }
 
+constexpr int64_t kKeys = 4 * kTile;  // whose gradients are in work at a time
+
 struct BackwardMemory {
   BFloat16 *keys, *values, *keys_transposed;  // (rows, width) twice, (width, padded)
   BFloat16 *weights, *dscores;                // (rows, padded): by key and query
   int32_t *queries, *dmixed;                  // (padded / 2, width)
-  int32_t *some_queries, *some_dmixed;        // (width / 2, 16)
-  int32_t* some_dscores;                      // (padded / 2, 16)
+  int32_t *queries_of_tile, *dmixed_of_tile;  // (width / 2, 16)
+  int32_t* dscores_of_tile;                   // (padded / 2, 16)
   float *scores, *dweights, *dqueries;        // (rows, 16) twice, (width, 16)
-  float* dkeys;                               // (16, width)
+  float* by_key;                              // (kKeys, width): of the gradient of keys or values
 
   BackwardMemory(Scratch& scratch, const Sizes& s)
       : keys(scratch.take<BFloat16>(s.rows, s.width)),
@@ -473,69 +453,76 @@ struct BackwardMemory {
         dscores(scratch.take<BFloat16>(s.rows, s.padded)),
         queries(scratch.take<int32_t>(s.padded / 2, s.width)),
         dmixed(scratch.take<int32_t>(s.padded / 2, s.width)),
-        some_queries(scratch.take<int32_t>(s.width / 2, kTile)),
-        some_dmixed(scratch.take<int32_t>(s.width / 2, kTile)),
-        some_dscores(scratch.take<int32_t>(s.padded / 2, kTile)),
+        queries_of_tile(scratch.take<int32_t>(s.width / 2, kTile)),
+        dmixed_of_tile(scratch.take<int32_t>(s.width / 2, kTile)),
+        dscores_of_tile(scratch.take<int32_t>(s.padded / 2, kTile)),
         scores(scratch.take<float>(s.rows, kTile)),
         dweights(scratch.take<float>(s.rows, kTile)),
         dqueries(scratch.take<float>(s.width, kTile)),
-        dkeys(scratch.take<float>(kTile, s.width)) {}
+        by_key(scratch.take<float>(kKeys, s.width)) {}
 };
 
-// Sixteen numbers of row `key`, and of the one behind it, of a matrix by key and query.
-NTKCL_X86_AMX NTKCL_INLINE void store_key(BFloat16* to, int64_t padded, __m512i x, bool both) {
+// The halves of x, to `to` and to the row behind it.
+NTKCL_X86_AMX NTKCL_INLINE void store_halves(BFloat16* to, int64_t row, __m512i x) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_extracti64x4_epi64(0xF, x, 0));
-  if (both) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to + padded),
-                       _mm512_maskz_extracti64x4_epi64(0xF, x, 1));
-  }
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to + row),
+                     _mm512_maskz_extracti64x4_epi64(0xF, x, 1));
 }
 
-// The weights of 16 queries and the gradients of their scores, at column `begin` of the matrices by
-// key and query; the latter as pairs of keys, too. Returns the gradient of the gate.
+// The weights of queries `begin` to begin + 16 and the gradients of their scores, in the columns of
+// the matrices by key and query; the latter as pairs of keys, too. Returns the gradient of the gate.
 NTKCL_X86_AMX double backward_weights(const Sizes& s, const BackwardMemory& m, float gate,
                                       int64_t begin) {
-  const Softmax others = softmax(s.all_but_prompts(), s.exponent, m.scores, m.dweights);
-  Softmax prompts = others;
-  double dgate = 0;
-  if (s.prompts > 0) {
-    prompts = softmax(s.of_prompts(), s.exponent, m.scores, m.dweights);
-    prompts.share *= _mm512_set1_ps(gate);
-    for (int query = 0; query < kTile; ++query) {
-      dgate += prompts.along[query];  // 0 behind the last one
-    }
-  }
+  const Softmaxes softmaxes(s, gate, m.scores, m.dweights);
+  const int64_t count = std::min(kTile, s.tokens - begin);
+  // What stands behind the last query or key is 0, also where a key or value is infinite.
+  const auto queries = static_cast<__mmask16>((1U << count) - 1);
   struct Both {
     __m512 weight, dscore;
   };
   const auto both = [&](int64_t key) NTKCL_X86_AMX NTKCL_INLINE_LAMBDA -> Both {
-    const Softmax& part = s.is_prompt(key) ? prompts : others;
-    const __m512 weight = _mm512_load_ps(m.scores + key * kTile) * part.share;
-    return {weight, weight * (_mm512_load_ps(m.dweights + key * kTile) - part.along)};
+    if (key >= s.tokens) {
+      return {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    }
+    const Softmax& part = softmaxes.of(key);
+    const __m512 scores = _mm512_maskz_load_ps(queries, m.scores + key * kTile);
+    const __m512 weight = _mm512_maskz_mul_ps(queries, scores, part.share);
+    const __m512 dweight = _mm512_load_ps(m.dweights + key * kTile) - part.along;
+    return {weight, _mm512_maskz_mul_ps(queries, weight, dweight)};
   };
-  const auto store_both = [&](int64_t key, const Both& x, const Both& y,
-                              bool second) NTKCL_X86_AMX NTKCL_INLINE_LAMBDA {
+  for (int64_t key = 0; key < s.tokens; key += 2) {
+    const Both first = both(key), second = both(key + 1);
     const int64_t at = key * s.padded + begin;
-    store_key(m.weights + at, s.padded, rounded(x.weight, y.weight), second);
-    const __m512i dscores = rounded(x.dscore, y.dscore);
-    store_key(m.dscores + at, s.padded, dscores, second);
-    _mm512_store_si512(m.some_dscores + key / 2 * kTile, as_pairs(dscores));
-  };
-  int64_t key = 0;
-  for (; key + 2 <= s.tokens; key += 2) {
-    store_both(key, both(key), both(key + 1), true);
+    store_halves(m.weights + at, s.padded, rounded_pair(first.weight, second.weight));
+    const __m512i dscores = rounded_pair(first.dscore, second.dscore);
+    store_halves(m.dscores + at, s.padded, dscores);
+    _mm512_store_si512(m.dscores_of_tile + key / 2 * kTile, as_pairs(dscores));
   }
-  if (key < s.tokens) {
-    store_both(key, both(key), {_mm512_setzero_ps(), _mm512_setzero_ps()}, false);
+  double dgate = 0;
+  for (int64_t query = 0; s.prompts > 0 && query < count; ++query) {
+    dgate += softmaxes.prompts.along[query];
   }
   return dgate;
+}
+
+// The gradient of a head's keys or values: weights^T or dscores^T (keys, queries) times `rows`, some
+// keys at a time, which stay in the first-level cache.
+NTKCL_X86_AMX void store_by_key(const Sizes& s, const BackwardMemory& m, const BFloat16* by_query,
+                                const int32_t* rows, float factor, BFloat16* to, int64_t stride) {
+  for (int64_t key = 0; key < s.tokens; key += kKeys) {
+    for (int64_t column = 0; column < s.width; column += kTile) {
+      multiply({by_query + key * s.padded, s.padded, rows + column, s.width, m.by_key + column,
+                s.width, std::min(kKeys, s.rows - key), s.padded / kStep});
+    }
+    store_rows(m.by_key, factor, std::min(kKeys, s.tokens - key), s.width, to + key * stride,
+               stride);
+  }
 }
 
 NTKCL_X86_AMX void backward_head(const AttentionBackward<BFloat16>& args, const Sizes& s,
                                  const BackwardMemory& m, int64_t matrix) {
   const Place place(args.sizes, matrix);
-  const int64_t heads = args.sizes.heads, stride = 3 * place.columns;
-  const float gate = args.gate ? load(args.gate[matrix % heads]) : 1.0F;
+  const float gate = args.gate ? load(args.gate[place.head]) : 1.0F;
   const HeadRows queries = place.rows(args.qkv, 0, 3), keys = place.rows(args.qkv, 1, 3),
                  dmixed = place.rows(args.grad, 0, 1);
   keys.copy(s.rows, m.keys);
@@ -545,32 +532,21 @@ NTKCL_X86_AMX void backward_head(const AttentionBackward<BFloat16>& args, const 
   dmixed.copy_pairs(s.padded, m.dmixed);
 
   double dgate = 0;
-  const int64_t along_width = s.width / kStep, along_tokens = s.padded / kStep;
+  const int64_t stride = 3 * place.columns;
   for (int64_t begin = 0; begin < s.tokens; begin += kTile) {
-    queries.copy_columns(begin, m.some_queries);
-    dmixed.copy_columns(begin, m.some_dmixed);
-    multiply_down({m.keys, s.width, m.some_queries, kTile, m.scores, kTile, along_width}, s.rows);
-    multiply_down({m.values, s.width, m.some_dmixed, kTile, m.dweights, kTile, along_width},
-                  s.rows);
+    queries.copy_columns(begin, m.queries_of_tile);
+    dmixed.copy_columns(begin, m.dmixed_of_tile);
+    multiply({m.keys, s.width, m.queries_of_tile, kTile, m.scores, kTile, s.rows, s.width / kStep});
+    multiply(
+        {m.values, s.width, m.dmixed_of_tile, kTile, m.dweights, kTile, s.rows, s.width / kStep});
     dgate += backward_weights(s, m, gate, begin);
-    multiply_down(
-        {m.keys_transposed, s.padded, m.some_dscores, kTile, m.dqueries, kTile, along_tokens},
-        s.width);
+    multiply({m.keys_transposed, s.padded, m.dscores_of_tile, kTile, m.dqueries, kTile, s.width,
+              s.padded / kStep});
     store_columns(m.dqueries, s.scale, s.tokens - begin, s.width, args.dqkv + place.at(begin, 0, 3),
                   stride);
   }
-  for (int64_t key = 0; key < s.tokens; key += kTile) {
-    const int64_t count = std::min(kTile, s.tokens - key);
-    const auto multiply = [&](const BFloat16* by_query, const int32_t* rows) {
-      multiply_across(
-          {by_query + key * s.padded, s.padded, rows, s.width, m.dkeys, s.width, along_tokens},
-          s.width);
-    };
-    multiply(m.dscores, m.queries);
-    store_rows(m.dkeys, s.scale, count, s.width, args.dqkv + place.at(key, 1, 3), stride);
-    multiply(m.weights, m.dmixed);
-    store_rows(m.dkeys, 1.0F, count, s.width, args.dqkv + place.at(key, 2, 3), stride);
-  }
+  store_by_key(s, m, m.dscores, m.queries, s.scale, args.dqkv + place.at(0, 1, 3), stride);
+  store_by_key(s, m, m.weights, m.dmixed, 1.0F, args.dqkv + place.at(0, 2, 3), stride);
   if (args.dgate) {
     args.dgate[matrix] = dgate;
   }
@@ -578,9 +554,9 @@ NTKCL_X86_AMX void backward_head(const AttentionBackward<BFloat16>& args, const 
 
 bool ask_for_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kBFloat16 = 1U << 22, kTiles = 1U << 24;
-  if (!has_x86_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBFloat16) ||
-      !(d & kTiles)) {
+  constexpr unsigned kBFloat16Bit = 1U << 22, kTileBit = 1U << 24;
+  if (!has_x86_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBFloat16Bit) ||
+      !(d & kTileBit)) {
     return false;
   }
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -589,9 +565,9 @@ bool ask_for_amx() {
 
 }  // namespace
 
-bool has_amx() {
+bool attention_has_tiles(const AttentionSizes& sizes) {
   static const bool has = ask_for_amx();
-  return has;
+  return has && sizes.width % kStep == 0 && sizes.tokens <= kMostTokens;
 }
 
 int64_t attention_amx_scratch(const AttentionSizes& sizes) {
@@ -611,6 +587,7 @@ void attention_amx(const Attention<BFloat16>& args, int64_t first, int64_t last,
   const Sizes s(args.sizes);
   Scratch scratch(memory);
   const ForwardMemory m(scratch, s);
+  // What products read of it and no head writes.
   clear_rows(m.weights, s.tokens / 2, s.padded / 2, kTile);
   begin_tiles();
   for (int64_t matrix = first; matrix < last; ++matrix) {
@@ -624,9 +601,10 @@ void attention_backward_amx(const AttentionBackward<BFloat16>& args, int64_t fir
   const Sizes s(args.sizes);
   Scratch scratch(memory);
   const BackwardMemory m(scratch, s);
+  // What products read of them and no head writes.
   clear_rows(m.weights, 0, s.rows, s.padded);
   clear_rows(m.dscores, 0, s.rows, s.padded);
-  clear_rows(m.some_dscores, s.tokens / 2, s.padded / 2, kTile);
+  clear_rows(m.dscores_of_tile, s.tokens / 2, s.padded / 2, kTile);
   begin_tiles();
   for (int64_t matrix = first; matrix < last; ++matrix) {
     backward_head(args, s, m, matrix);
@@ -635,7 +613,7 @@ void attention_backward_amx(const AttentionBackward<BFloat16>& args, int64_t fir
 }
 #else
 
-bool has_amx() {
+bool attention_has_tiles(const AttentionSizes&) {
   return false;
 }
 
@@ -656,9 +634,5 @@ void attention_backward_amx(const AttentionBackward<BFloat16>&, int64_t, int64_t
   NTKCL_ASSERT(false);
 }
 #endif
-
-bool attention_has_tiles(const AttentionSizes& sizes) {
-  return has_amx() && sizes.width % 32 == 0;
-}
 
 }  // namespace ntkcl::kernels

@@ -4,14 +4,12 @@
 
 #include "ntkcl/kernels/attention.h"
 
-// attention_cpu of bfloat16 by tiles (Intel AMX), for heads whose width is a multiple of 32.
+// attention_cpu of bfloat16 by tiles (Intel AMX).
 namespace ntkcl::kernels {
 
-// Whether this processor multiplies tiles of bfloat16 pairs and the system lets this process use
-// them, which is asked for once.
-bool has_amx();
-
-// Whether heads of this width are multiplied by tiles on this machine.
+// Whether it is done so: the processor multiplies tiles of bfloat16 pairs, the system lets this
+// process use them (it is asked once), a head's width is a multiple of 32 and its weights fit in the
+// second-level cache.
 bool attention_has_tiles(const AttentionSizes& sizes);
 
 // As in attention_cpu.h; only where attention_has_tiles().

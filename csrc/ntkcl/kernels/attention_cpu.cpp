@@ -36,14 +36,14 @@ NTKCL_INLINE void softmax_loop(C* x, C factor, int64_t n) {
     }
   }
 
-  const C shift = factor * largest_of(lanes);
+  const C largest = largest_of(lanes);
   for (int lane = 0; lane < kLanes; ++lane) {
-    last[lane] = exp_of(factor * last[lane] - shift, T{});
+    last[lane] = exp_of(factor * (last[lane] - largest), T{});
     lanes[lane] = last[lane];
   }
   for (int64_t i = 0; i < whole; i += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      x[i + lane] = exp_of(factor * x[i + lane] - shift, T{});
+      x[i + lane] = exp_of(factor * (x[i + lane] - largest), T{});
       lanes[lane] += x[i + lane];
     }
   }
@@ -159,10 +159,6 @@ const BFloat16Pair* along_columns(const BFloat16* x, int64_t, BFloat16Pair*) {
   return reinterpret_cast<const BFloat16Pair*>(x);
 }
 
-NTKCL_X86_BF16 NTKCL_INLINE __m512i lower_halves(const float* x) {
-  return _mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x)));
-}
-
 template <class R>
 NTKCL_X86_BF16 const BFloat16Pair* along_rows(const R* x, int64_t rows, int64_t columns,
                                               BFloat16Pair* to) {
@@ -206,9 +202,9 @@ struct Padded {
   int64_t tokens, keys, width;  // rows; columns of scores; columns of q, k, v
 
   explicit Padded(const AttentionSizes& sizes)
-      : tokens(in_tiles(sizes.tokens, kTileRows)),
-        keys(in_tiles(sizes.tokens, kTileColumns)),
-        width(in_tiles(sizes.width, kTileColumns)) {}
+      : tokens(rounded_up(sizes.tokens, kTileRows)),
+        keys(rounded_up(sizes.tokens, kTileColumns)),
+        width(rounded_up(sizes.width, kTileColumns)) {}
 };
 
 // Keys and values stand in the order class token, patches, prompts, so that those attended to
@@ -502,7 +498,7 @@ void attention_cpu(const Attention<T>& args, int64_t first, int64_t last, std::b
     if (attention_has_tiles(args.sizes)) {
       return attention_amx(args, first, last, scratch);
     }
-    if (has_bfloat16_products()) {
+    if (has_x86_bf16()) {
       return forward<T, BFloat16Pair>(args, first, last, scratch);
     }
   }
@@ -516,7 +512,7 @@ void attention_backward_cpu(const AttentionBackward<T>& args, int64_t first, int
     if (attention_has_tiles(args.sizes)) {
       return attention_backward_amx(args, first, last, scratch);
     }
-    if (has_bfloat16_products()) {
+    if (has_x86_bf16()) {
       return backward<T, BFloat16Pair>(args, first, last, scratch);
     }
   }

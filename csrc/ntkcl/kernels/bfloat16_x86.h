@@ -2,13 +2,15 @@
 
 #include <cstdint>
 
+#include "ntkcl/kernels/element.h"
 #include "ntkcl/kernels/exp.h"
+#include "ntkcl/kernels/multiversion.h"
 
 #ifdef NTKCL_X86_VERSIONS
 #include <immintrin.h>
 
-// Vectors of bfloat16 on processors that round to it and multiply it themselves. Where an
-// instruction has a mask of all lanes, gcc 12 would warn of its header without.
+// Vectors of bfloat16 on processors that round to it themselves. Instructions have masks of all lanes
+// where gcc 12's own header gives a warning (maybe-uninitialized) without.
 namespace ntkcl::kernels {
 
 constexpr __mmask16 kAllLanes = 0xFFFF;
@@ -16,6 +18,12 @@ constexpr __mmask16 kAllLanes = 0xFFFF;
 // Sixteen numbers, each in the lower half of 32 bits.
 NTKCL_X86_BF16 NTKCL_INLINE __m512i lower_halves(const BFloat16* x) {
   const __m256i sixteen = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return _mm512_maskz_cvtepu16_epi32(kAllLanes, sixteen);
+}
+
+// The same, rounded.
+NTKCL_X86_BF16 NTKCL_INLINE __m512i lower_halves(const float* x) {
+  const __m256i sixteen = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x));
   return _mm512_maskz_cvtepu16_epi32(kAllLanes, sixteen);
 }
 
@@ -27,8 +35,8 @@ NTKCL_X86_BF16 NTKCL_INLINE __m512 seconds(__m512i pairs) {
   return (__m512)_mm512_maskz_and_epi32(kAllLanes, pairs, _mm512_set1_epi32(-65536));
 }
 
-// Rows of numbers side by side: 16 of `low`, 16 of `high`.
-NTKCL_X86_BF16 NTKCL_INLINE __m512i rounded(__m512 low, __m512 high) {
+// Thirty-two numbers, `low` before `high`. Those below the least normal number become 0.
+NTKCL_X86_BF16 NTKCL_INLINE __m512i rounded_pair(__m512 low, __m512 high) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 

@@ -7,6 +7,7 @@
 
 #include "ntkcl/kernels/bfloat16_x86.h"
 #include "ntkcl/kernels/exp.h"
+#include "ntkcl/kernels/multiversion.h"
 
 // Beyond t >= 0 the normal distribution has the tail exp(-t^2 / 2) Q(t) with a smooth Q: one
 // exponential, one division and one polynomial give it with its relative accuracy, however small it
@@ -14,6 +15,7 @@
 namespace ntkcl::kernels {
 namespace {
 
+constexpr float kHalfLog2E = 0.72134752F;
 constexpr float kEnd = 13.19F;  // t^2 / 2 is just within exp_in_range; the tail beyond is 0
 
 // Q(t) = P(s) / (t + kCentre), s = (t - kCentre) / (t + kCentre), fitted for the least largest
@@ -40,7 +42,7 @@ NTKCL_INLINE float bell(float t, float) {
 }
 
 NTKCL_INLINE float bell(float t, BFloat16) {
-  return power_near(-0.72134752F * t * t);  // 1 / (2 log 2)
+  return power_near(-kHalfLog2E * t * t);
 }
 
 // Of t = min(|x|, kEnd): the tail 1 - Phi(t), t times it, and t Phi'(t).
@@ -124,7 +126,7 @@ NTKCL_X86_BF16 NTKCL_INLINE BeyondLanes beyond(__m512 x) {
   const __m512 size = _mm512_abs_ps(x), end = _mm512_set1_ps(kEnd);
   const __m512 t = _mm512_maskz_min_ps(kAllLanes, size, end);  // of NaN: kEnd
   const __m512 e =
-      power_near(_mm512_cmp_ps_mask(size, end, _CMP_LT_OQ), _mm512_set1_ps(-0.72134752F) * t * t);
+      power_near(_mm512_cmp_ps_mask(size, end, _CMP_LT_OQ), _mm512_set1_ps(-kHalfLog2E) * t * t);
   const __m512 denominator = t + _mm512_set1_ps(F::kCentre);
   const __m512 near = _mm512_maskz_rcp14_ps(kAllLanes, denominator);
   const __m512 inverse = near * _mm512_fnmadd_ps(denominator, near, _mm512_set1_ps(2.0F));
@@ -159,7 +161,7 @@ NTKCL_X86_BF16 void forward_lanes(const BFloat16* x, BFloat16* y, int64_t n) {
   for (int64_t i = 0; i < n; i += 32) {
     const __mmask32 some = lanes_before(n - i);
     const __m512i v = _mm512_maskz_loadu_epi16(some, x + i);
-    const __m512i both = rounded(gelu_of(firsts(v)), gelu_of(seconds(v)));
+    const __m512i both = rounded_pair(gelu_of(firsts(v)), gelu_of(seconds(v)));
     _mm512_mask_storeu_epi16(y + i, some, as_pairs(both));
   }
 }
@@ -171,7 +173,7 @@ NTKCL_X86_BF16 void backward_lanes(const BFloat16* grad, const BFloat16* x, BFlo
     const __m512i v = _mm512_maskz_loadu_epi16(some, x + i);
     const __m512i g = _mm512_maskz_loadu_epi16(some, grad + i);
     const __m512i both =
-        rounded(firsts(g) * slope_of(firsts(v)), seconds(g) * slope_of(seconds(v)));
+        rounded_pair(firsts(g) * slope_of(firsts(v)), seconds(g) * slope_of(seconds(v)));
     _mm512_mask_storeu_epi16(dx + i, some, as_pairs(both));
   }
 }

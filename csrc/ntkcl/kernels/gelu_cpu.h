@@ -3,7 +3,7 @@
 #include "ntkcl/kernels/gelu.h"
 
 // For T in float, double, BFloat16; elements [first, last). The caller splits the work over
-// threads; the result does not depend on how.
+// threads, at multiples of 64, so that the result does not depend on how.
 namespace ntkcl::kernels {
 
 template <class T>

@@ -34,4 +34,10 @@ inline bool has_x86_bf16() {
   return has_x86_v4() && __builtin_cpu_supports("avx512bf16");
 }
 }  // namespace ntkcl::kernels
+#else
+namespace ntkcl::kernels {
+inline bool has_x86_bf16() {
+  return false;
+}
+}  // namespace ntkcl::kernels
 #endif

@@ -121,9 +121,7 @@ NTKCL_X86_BF16 void compute_pairs(const SmallMatmul<BFloat16Pair>& args) {
     }
   }
 }
-#endif
 
-#ifdef NTKCL_X86_VERSIONS
 template <class C>
 NTKCL_X86_V4 void compute_v4(const SmallMatmul<C>& args) {
   compute<C, 64, 2>(args);
@@ -175,23 +173,15 @@ template std::vector<SmallMatmulVersion<double>> small_matmul_versions();
 template <>
 std::vector<SmallMatmulVersion<BFloat16Pair>> small_matmul_versions() {
   std::vector<SmallMatmulVersion<BFloat16Pair>> versions;
-  if (has_bfloat16_products()) {
+  if (has_x86_bf16()) {
     versions.push_back({"avx512bf16", compute_pairs});
   }
   return versions;
-}
-
-bool has_bfloat16_products() {
-  return has_x86_bf16();
 }
 #else
 template <>
 std::vector<SmallMatmulVersion<BFloat16Pair>> small_matmul_versions() {
   return {};
-}
-
-bool has_bfloat16_products() {
-  return false;
 }
 #endif
 

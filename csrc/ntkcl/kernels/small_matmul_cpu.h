@@ -12,10 +12,6 @@ namespace ntkcl::kernels {
 constexpr int64_t kTileRows = 8;
 constexpr int64_t kTileColumns = 16;
 
-constexpr int64_t in_tiles(int64_t n, int64_t tile) {
-  return (n + tile - 1) / tile * tile;
-}
-
 // Two numbers whose products are added up together: neighbours along the dimension that a matrix
 // product sums over.
 struct BFloat16Pair {
@@ -54,9 +50,6 @@ struct SmallMatmul {
 // of a GEMM library, without its cost of starting and packing.
 template <class E>
 void small_matmul_cpu(const SmallMatmul<E>& args);
-
-// Whether this processor has products of bfloat16 pairs.
-bool has_bfloat16_products();
 
 // What small_matmul_cpu may be on this machine, the best first: for tests. Of pairs there may be
 // none.

@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "ntkcl/kernels/gelu_cpu.h"
 #include "ntkcl/ops/checks.h"
 #include "ntkcl/ops/element_type.h"
@@ -27,7 +29,15 @@ void check_gelu_backward(const at::Tensor& grad, const at::Tensor& x) {
 
 namespace {
 
-constexpr int64_t kGrain = 8192;
+// Calls run(first, last) for parts of n elements, from several threads. The ends of vectors are where
+// they are whatever the number of threads.
+template <class Run>
+void over_elements(int64_t n, const Run& run) {
+  constexpr int64_t kPart = 8192;
+  at::parallel_for(0, (n + kPart - 1) / kPart, 1, [&](int64_t begin, int64_t end) {
+    run(begin * kPart, std::min(end * kPart, n));
+  });
+}
 
 at::Tensor gelu_meta(const at::Tensor& x) {
   detail::check_gelu(x);
@@ -47,8 +57,8 @@ at::Tensor gelu_cpu(const at::Tensor& x) {
     using T = decltype(element);
     const kernels::Gelu<T> args{
         .x = elements<T>(x_dense), .y = mutable_elements<T>(y), .size = y.numel()};
-    at::parallel_for(0, args.size, kGrain,
-                     [&](int64_t first, int64_t last) { kernels::gelu_cpu(args, first, last); });
+    over_elements(args.size,
+                  [&](int64_t first, int64_t last) { kernels::gelu_cpu(args, first, last); });
   });
   return y;
 }
@@ -63,7 +73,7 @@ at::Tensor gelu_backward_cpu(const at::Tensor& grad, const at::Tensor& x) {
                                         .x = elements<T>(x_dense),
                                         .dx = mutable_elements<T>(dx),
                                         .size = dx.numel()};
-    at::parallel_for(0, args.size, kGrain, [&](int64_t first, int64_t last) {
+    over_elements(args.size, [&](int64_t first, int64_t last) {
       kernels::gelu_backward_cpu(args, first, last);
     });
   });

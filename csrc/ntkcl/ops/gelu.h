@@ -10,7 +10,8 @@ namespace ntkcl::ops {
 //   ->  (...) of x's type, contiguous
 //
 // On the CPU within 8 units in the last place in float32, and within 0.52 of bfloat16, wherever the
-// result is a normal number: negative x keep their relative accuracy, unlike x (1 + erf(x)) / 2.
+// result is above twice the least normal number: negative x keep their relative accuracy, unlike
+// x (1 + erf(x)) / 2. Smaller results of bfloat16 may be 0.
 // Errors: TypeError (element type).
 at::Tensor gelu(const at::Tensor& x);
 
