@@ -12,6 +12,7 @@ The step is the released method's (mode both, K = 1) in a later task, after the 
     ours       ntkcl
     lean       ntkcl with recompute = true
     graph      ntkcl with cuda_graph = true
+    any-order  ntkcl with deterministic = false
     float8     ntkcl with precision = float8, on a GPU with cuda_graph = true
     before     ntkcl of another build, --before <its python folder>
 
@@ -57,6 +58,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "lean": {"recompute": True},
     "graph": {"cuda_graph": True},
+    "any-order": {"deterministic": False},
     "float8": {"precision": "float8"},
 }
 VARIANTS = ("plain", "careful", "compiled", *(name for name in OURS if name != "before"))

@@ -66,8 +66,8 @@ NTKCL_X86_AMX void end_tiles() {
   _tile_release();
 }
 
-// c = a b, 16 columns of it. a: rows of numbers; b: rows of pairs, each of two rows of numbers; all in
-// whole tiles.
+// c = a b, 16 columns of it. a: rows of numbers; b: rows of pairs, each of two rows of numbers; all
+// in whole tiles.
 struct TileProduct {
   const BFloat16* a;
   int64_t a_row;  // numbers
@@ -95,16 +95,17 @@ NTKCL_X86_AMX NTKCL_INLINE void compute_tiles(const TileProduct& p, int64_t row)
   const BFloat16* a = p.a + row * p.a_row;
   float* c = p.c + row * p.c_row;
   const int64_t a_bytes = p.a_row * 2, b_bytes = p.b_row * 4, c_bytes = p.c_row * 4;
+  const int64_t a_tile = kTile * p.a_row, c_tile = kTile * p.c_row;
 #define NTKCL_ZERO(t) _tile_zero(t)
   NTKCL_FOR_TILES(NTKCL_ZERO)
   for (int64_t step = 0; step < p.steps; ++step) {
     _tile_loadd(NTKCL_B, p.b + step * kTile * p.b_row, b_bytes);
-#define NTKCL_MULTIPLY(t)                                                \
-  _tile_loadd(NTKCL_A, a + kTile * (t)*p.a_row + step * kStep, a_bytes); \
+#define NTKCL_MULTIPLY(t)                                         \
+  _tile_loadd(NTKCL_A, a + a_tile * (t) + step * kStep, a_bytes); \
   _tile_dpbf16ps(t, NTKCL_A, NTKCL_B)
     NTKCL_FOR_TILES(NTKCL_MULTIPLY)
   }
-#define NTKCL_STORE(t) _tile_stored(t, c + kTile * (t)*p.c_row, c_bytes)
+#define NTKCL_STORE(t) _tile_stored(t, c + c_tile * (t), c_bytes)
   NTKCL_FOR_TILES(NTKCL_STORE)
 #undef NTKCL_ZERO
 #undef NTKCL_MULTIPLY
@@ -443,7 +444,7 @@ struct BackwardMemory {
   int32_t *queries_of_tile, *dmixed_of_tile;  // (width / 2, 16)
   int32_t* dscores_of_tile;                   // (padded / 2, 16)
   float *scores, *dweights, *dqueries;        // (rows, 16) twice, (width, 16)
-  float* by_key;                              // (kKeys, width): of the gradient of keys or values
+  float* by_key;                              // (kKeys, width): gradient of keys or values
 
   BackwardMemory(Scratch& scratch, const Sizes& s)
       : keys(scratch.take<BFloat16>(s.rows, s.width)),
@@ -470,7 +471,7 @@ NTKCL_X86_AMX NTKCL_INLINE void store_halves(BFloat16* to, int64_t row, __m512i 
 }
 
 // The weights of queries `begin` to begin + 16 and the gradients of their scores, in the columns of
-// the matrices by key and query; the latter as pairs of keys, too. Returns the gradient of the gate.
+// the matrices by key and query; the latter as pairs of keys, too. Returns the gate's gradient.
 NTKCL_X86_AMX double backward_weights(const Sizes& s, const BackwardMemory& m, float gate,
                                       int64_t begin) {
   const Softmaxes softmaxes(s, gate, m.scores, m.dweights);
@@ -505,8 +506,8 @@ NTKCL_X86_AMX double backward_weights(const Sizes& s, const BackwardMemory& m, f
   return dgate;
 }
 
-// The gradient of a head's keys or values: weights^T or dscores^T (keys, queries) times `rows`, some
-// keys at a time, which stay in the first-level cache.
+// The gradient of a head's keys or values: weights^T or dscores^T (keys, queries) times `rows`,
+// some keys at a time, which stay in the first-level cache.
 NTKCL_X86_AMX void store_by_key(const Sizes& s, const BackwardMemory& m, const BFloat16* by_query,
                                 const int32_t* rows, float factor, BFloat16* to, int64_t stride) {
   for (int64_t key = 0; key < s.tokens; key += kKeys) {

@@ -9,8 +9,8 @@
 #ifdef NTKCL_X86_VERSIONS
 #include <immintrin.h>
 
-// Vectors of bfloat16 on processors that round to it themselves. Instructions have masks of all lanes
-// where gcc 12's own header gives a warning (maybe-uninitialized) without.
+// Vectors of bfloat16 on processors that round to it themselves. Instructions have masks of all
+// lanes where gcc 12's own header gives a warning (maybe-uninitialized) without.
 namespace ntkcl::kernels {
 
 constexpr __mmask16 kAllLanes = 0xFFFF;
