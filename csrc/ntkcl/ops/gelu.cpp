@@ -29,8 +29,8 @@ void check_gelu_backward(const at::Tensor& grad, const at::Tensor& x) {
 
 namespace {
 
-// Calls run(first, last) for parts of n elements, from several threads. The ends of vectors are where
-// they are whatever the number of threads.
+// Calls run(first, last) for parts of n elements, from several threads. The ends of vectors are
+// where they are whatever the number of threads.
 template <class Run>
 void over_elements(int64_t n, const Run& run) {
   constexpr int64_t kPart = 8192;
