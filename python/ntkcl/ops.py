@@ -43,8 +43,9 @@ def attention(
 
     For the few hundred tokens of a vision transformer faster on CPU than torch's
     scaled_dot_product_attention (see benchmarks/ops.py). Keeps only qkv for the backward pass.
-    Of bfloat16, sums and softmaxes are float32 on CPU, and weights are rounded for the products; on
-    CUDA, where torch's own is the faster one, scores are rounded, too.
+    Of bfloat16, sums and softmaxes are float32 on CPU, and where the processor multiplies bfloat16,
+    weights and the scores' gradients are rounded for the products; on CUDA, where torch's own is
+    the faster one, scores are rounded, too.
 
     Args:
         qkv: (B, T, 3*C), float32, float64 or bfloat16: a token's q, k and v, each head by head.

@@ -6,6 +6,7 @@
 
 #include "ntkcl/core/error.h"
 #include "ntkcl/kernels/bfloat16_x86.h"
+#include "ntkcl/kernels/exp.h"
 #include "ntkcl/kernels/multiversion.h"
 #include "ntkcl/kernels/scratch.h"
 
@@ -35,7 +36,7 @@ constexpr int64_t kTile = 16;      // rows of a tile; sums or pairs in one of th
 constexpr int64_t kStep = 32;      // numbers that one product of tiles sums over
 constexpr int64_t kRowBytes = 64;  // of a tile
 constexpr int kRegisters = 6;
-// The weights of longer heads do not fit in the second-level cache, and grow as the square.
+// The backward pass keeps all weights, which grow as the square: beside the cache from here on.
 constexpr int64_t kMostTokens = 1024;
 
 // ---- Products of tiles ----
@@ -588,7 +589,7 @@ void attention_amx(const Attention<BFloat16>& args, int64_t first, int64_t last,
   const Sizes s(args.sizes);
   Scratch scratch(memory);
   const ForwardMemory m(scratch, s);
-  // What products read of it and no head writes.
+  // What products read behind the last key.
   clear_rows(m.weights, s.tokens / 2, s.padded / 2, kTile);
   begin_tiles();
   for (int64_t matrix = first; matrix < last; ++matrix) {
@@ -602,7 +603,7 @@ void attention_backward_amx(const AttentionBackward<BFloat16>& args, int64_t fir
   const Sizes s(args.sizes);
   Scratch scratch(memory);
   const BackwardMemory m(scratch, s);
-  // What products read of them and no head writes.
+  // What products read behind the last query and key.
   clear_rows(m.weights, 0, s.rows, s.padded);
   clear_rows(m.dscores, 0, s.rows, s.padded);
   clear_rows(m.dscores_of_tile, s.tokens / 2, s.padded / 2, kTile);

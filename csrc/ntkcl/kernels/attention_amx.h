@@ -8,8 +8,8 @@
 namespace ntkcl::kernels {
 
 // Whether it is done so: the processor multiplies tiles of bfloat16 pairs, the system lets this
-// process use them (it is asked once), a head's width is a multiple of 32, and its weights fit in
-// the second-level cache.
+// process use them (it is asked once), a head's width is a multiple of 32, and its tokens are at
+// most 1024, as scratch memory grows as their square.
 bool attention_has_tiles(const AttentionSizes& sizes);
 
 // As in attention_cpu.h; only where attention_has_tiles().

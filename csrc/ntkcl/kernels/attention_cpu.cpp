@@ -169,7 +169,7 @@ NTKCL_X86_BF16 const BFloat16Pair* along_rows(const R* x, int64_t rows, int64_t 
       __m512i both = lower_halves(first + i);
       if (row + 1 < rows) {
         const __m512i second = lower_halves(first + columns + i);
-        both = _mm512_or_si512(both, _mm512_maskz_slli_epi32(0xFFFF, second, 16));
+        both = _mm512_or_si512(both, _mm512_maskz_slli_epi32(kAllLanes, second, 16));
       }
       _mm512_storeu_si512(pairs + i, both);
     }

@@ -15,7 +15,7 @@
 namespace ntkcl::kernels {
 namespace {
 
-constexpr float kHalfLog2E = 0.72134752F;
+constexpr float kHalfLog2E = 0.5F * kLog2E;
 constexpr float kEnd = 13.19F;  // t^2 / 2 is just within exp_in_range; the tail beyond is 0
 
 // Q(t) = P(s) / (t + kCentre), s = (t - kCentre) / (t + kCentre), fitted for the least largest
@@ -98,7 +98,7 @@ NTKCL_INLINE void backward_loop(const T* __restrict__ grad, const T* __restrict_
     const Beyond<C> b = beyond(v, T{});
     const C below = b.tail - b.t_slope;
     const C slope = v < 0 ? below : C{1} - below;
-    dx[i] = store<T>(load(grad[i]) * (v == v ? slope : v));
+    dx[i] = store<T>(load(grad[i]) * (std::isnan(v) ? v : slope));
   }
 }
 

@@ -23,8 +23,8 @@ namespace ntkcl::ops {
 // Nothing but qkv is kept for the backward pass, which computes the softmax anew. On CPU a head's
 // matrices stay in the cache: for the few hundred tokens of a vision transformer several times
 // faster than torch's fused attention (benchmarks/ops.py); of bfloat16, sums and softmaxes are
-// float32, weights and their gradients rounded for the products. On CUDA it is made of torch's
-// operators; prefer torch's fused attention.
+// float32, and where the processor multiplies bfloat16, weights and the scores' gradients are
+// rounded for the products. On CUDA it is made of torch's operators; prefer torch's fused one.
 // Errors: ValueError (shapes, devices), TypeError (element types).
 at::Tensor attention(const at::Tensor& qkv, int64_t heads, const std::optional<at::Tensor>& gate,
                      int64_t prompts);

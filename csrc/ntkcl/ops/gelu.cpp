@@ -29,12 +29,12 @@ void check_gelu_backward(const at::Tensor& grad, const at::Tensor& x) {
 
 namespace {
 
-// Calls run(first, last) for parts of n elements, from several threads. The ends of vectors are
-// where they are whatever the number of threads.
+// Calls run(first, last) for parts of n elements, from several threads. Parts begin at multiples of
+// 64, so that the scalar rest of a loop is always the last elements of all.
 template <class Run>
 void over_elements(int64_t n, const Run& run) {
-  constexpr int64_t kPart = 8192;
-  at::parallel_for(0, (n + kPart - 1) / kPart, 1, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kPart = 64, kGrain = 8192 / kPart;
+  at::parallel_for(0, (n + kPart - 1) / kPart, kGrain, [&](int64_t begin, int64_t end) {
     run(begin * kPart, std::min(end * kPart, n));
   });
 }
