@@ -176,7 +176,10 @@ def wait_for_events(process: subprocess.Popen[bytes], output: Path) -> None:
 
 def place_of(output: Path) -> str:
     """By what there is on the disk: a checkpoint half-written, or the last whole event."""
-    names = [path.name for path in (output / "checkpoint").glob("*")]
+    try:
+        names = [path.name for path in (output / "checkpoint").iterdir()]
+    except FileNotFoundError:  # not yet, or put aside for the next one
+        names = []
     whole = {name.removesuffix(".json") for name in names if name.endswith(".json")}
     if any(name.partition(".")[0] not in whole for name in names):
         return "checkpoint writing"
