@@ -16,6 +16,12 @@ struct AttentionSizes {
   int64_t width = 0;    // of a head
 
   int64_t columns() const { return heads * width; }
+
+  // Where a token's row of head `matrix` of all images begins, among packed tokens of `parts`
+  // projections.
+  int64_t at(int64_t matrix, int64_t token, int64_t part, int64_t parts) const {
+    return ((matrix / heads * tokens + token) * parts + part) * columns() + matrix % heads * width;
+  }
 };
 
 template <class T>

@@ -367,24 +367,11 @@ struct Softmaxes {
   }
 };
 
-// Where a head's rows begin among packed tokens of `parts` projections.
-struct Place {
-  int64_t tokens, columns, width, image, head;
-
-  Place(const AttentionSizes& s, int64_t matrix)
-      : tokens(s.tokens),
-        columns(s.columns()),
-        width(s.width),
-        image(matrix / s.heads),
-        head(matrix % s.heads) {}
-
-  int64_t at(int64_t token, int64_t part, int64_t parts) const {
-    return ((image * tokens + token) * parts + part) * columns + head * width;
-  }
-  HeadRows rows(const BFloat16* packed, int64_t part, int64_t parts) const {
-    return {packed + at(0, part, parts), parts * columns, tokens, width};
-  }
-};
+// All rows of a head among packed tokens of `parts` projections.
+HeadRows rows_of(const AttentionSizes& s, const BFloat16* packed, int64_t matrix, int64_t part,
+                 int64_t parts) {
+  return {packed + s.at(matrix, 0, part, parts), parts * s.columns(), s.tokens, s.width};
+}
 
 struct ForwardMemory {
   BFloat16 *keys, *values;     // (rows, width), (width, padded)
@@ -421,18 +408,18 @@ void clear_rows(E* x, int64_t first, int64_t last, int64_t columns) {
 
 NTKCL_X86_AMX void forward_head(const Attention<BFloat16>& args, const Sizes& s,
                                 const ForwardMemory& m, int64_t matrix) {
-  const Place place(args.sizes, matrix);
-  const float gate = args.gate ? load(args.gate[place.head]) : 1.0F;
-  const HeadRows queries = place.rows(args.qkv, 0, 3);
-  place.rows(args.qkv, 1, 3).copy(s.rows, m.keys);
-  place.rows(args.qkv, 2, 3).copy_transposed(s.padded, m.values);
+  const AttentionSizes& sizes = args.sizes;
+  const float gate = args.gate ? load(args.gate[matrix % sizes.heads]) : 1.0F;
+  const HeadRows queries = rows_of(sizes, args.qkv, matrix, 0, 3);
+  rows_of(sizes, args.qkv, matrix, 1, 3).copy(s.rows, m.keys);
+  rows_of(sizes, args.qkv, matrix, 2, 3).copy_transposed(s.padded, m.values);
   for (int64_t begin = 0; begin < s.tokens; begin += kTile) {
     queries.copy_columns(begin, m.queries);
     multiply({m.keys, s.width, m.queries, kTile, m.scores, kTile, s.rows, s.width / kStep});
     forward_weights(s, m, gate);
     multiply({m.values, s.padded, m.weights, kTile, m.mixed, kTile, s.width, s.padded / kStep});
-    store_columns(m.mixed, 1.0F, s.tokens - begin, s.width, args.out + place.at(begin, 0, 1),
-                  place.columns);
+    store_columns(m.mixed, 1.0F, s.tokens - begin, s.width,
+                  args.out + sizes.at(matrix, begin, 0, 1), sizes.columns());
   }
 }
 
@@ -523,18 +510,19 @@ NTKCL_X86_AMX void store_by_key(const Sizes& s, const BackwardMemory& m, const B
 
 NTKCL_X86_AMX void backward_head(const AttentionBackward<BFloat16>& args, const Sizes& s,
                                  const BackwardMemory& m, int64_t matrix) {
-  const Place place(args.sizes, matrix);
-  const float gate = args.gate ? load(args.gate[place.head]) : 1.0F;
-  const HeadRows queries = place.rows(args.qkv, 0, 3), keys = place.rows(args.qkv, 1, 3),
-                 dmixed = place.rows(args.grad, 0, 1);
+  const AttentionSizes& sizes = args.sizes;
+  const float gate = args.gate ? load(args.gate[matrix % sizes.heads]) : 1.0F;
+  const HeadRows queries = rows_of(sizes, args.qkv, matrix, 0, 3),
+                 keys = rows_of(sizes, args.qkv, matrix, 1, 3),
+                 dmixed = rows_of(sizes, args.grad, matrix, 0, 1);
   keys.copy(s.rows, m.keys);
   keys.copy_transposed(s.padded, m.keys_transposed);
-  place.rows(args.qkv, 2, 3).copy(s.rows, m.values);
+  rows_of(sizes, args.qkv, matrix, 2, 3).copy(s.rows, m.values);
   queries.copy_pairs(s.padded, m.queries);
   dmixed.copy_pairs(s.padded, m.dmixed);
 
   double dgate = 0;
-  const int64_t stride = 3 * place.columns;
+  const int64_t stride = 3 * sizes.columns();
   for (int64_t begin = 0; begin < s.tokens; begin += kTile) {
     queries.copy_columns(begin, m.queries_of_tile);
     dmixed.copy_columns(begin, m.dmixed_of_tile);
@@ -544,11 +532,11 @@ NTKCL_X86_AMX void backward_head(const AttentionBackward<BFloat16>& args, const 
     dgate += backward_weights(s, m, gate, begin);
     multiply({m.keys_transposed, s.padded, m.dscores_of_tile, kTile, m.dqueries, kTile, s.width,
               s.padded / kStep});
-    store_columns(m.dqueries, s.scale, s.tokens - begin, s.width, args.dqkv + place.at(begin, 0, 3),
-                  stride);
+    store_columns(m.dqueries, s.scale, s.tokens - begin, s.width,
+                  args.dqkv + sizes.at(matrix, begin, 0, 3), stride);
   }
-  store_by_key(s, m, m.dscores, m.queries, s.scale, args.dqkv + place.at(0, 1, 3), stride);
-  store_by_key(s, m, m.weights, m.dmixed, 1.0F, args.dqkv + place.at(0, 2, 3), stride);
+  store_by_key(s, m, m.dscores, m.queries, s.scale, args.dqkv + sizes.at(matrix, 0, 1, 3), stride);
+  store_by_key(s, m, m.weights, m.dmixed, 1.0F, args.dqkv + sizes.at(matrix, 0, 2, 3), stride);
   if (args.dgate) {
     args.dgate[matrix] = dgate;
   }

@@ -213,14 +213,11 @@ template <class T, class R>
 class Head {
  public:
   Head(const AttentionSizes& sizes, int64_t matrix)
-      : sizes_(sizes),
-        padded_(sizes),
-        image_(matrix / sizes.heads),
-        column_(matrix % sizes.heads * sizes.width) {}
+      : sizes_(sizes), padded_(sizes), matrix_(matrix) {}
 
   // Offset of a token's row of this head among packed tokens of `parts` projections.
   int64_t at(int64_t token, int64_t part, int64_t parts) const {
-    return ((image_ * sizes_.tokens + token) * parts + part) * sizes_.columns() + column_;
+    return sizes_.at(matrix_, token, part, parts);
   }
 
   int64_t token_of_key(int64_t row) const {
@@ -255,7 +252,7 @@ class Head {
 
   const AttentionSizes& sizes_;
   Padded padded_;
-  int64_t image_, column_;
+  int64_t matrix_;
 };
 
 // Softmaxes over a row of scores times factor: over all keys, or over prompts apart.
