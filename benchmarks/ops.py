@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import ntkcl
 from ntkcl import _C
 from ntkcl.ops import (
+    adam_step_,
     attention,
     bias_relu_dropout,
     composed_linear,
@@ -34,6 +35,7 @@ from ntkcl.ops import (
     projection_energy,
     residual_layer_norm,
     section_cosine,
+    sgd_step_,
     signed_projection,
     token_mix_prompts,
 )
@@ -416,6 +418,60 @@ def energy_case(batch: int, width: int, device: str, backward: bool) -> Case:
     )
 
 
+def step_case(kind: str, width: int, device: str) -> Case:
+    """A step on NTK-CL's adapters, prompts and fusion of 12 blocks, with a pull to the task before
+    and a running average, beside the same by torch's multi-tensor operators."""
+    rate, decay, weight, average = 0.01, 5e-4, 1e-3, 0.9
+    shapes = [(12, 16, width), (12, 16), (12, width, 16), (12, width), (12, 10, 197), (12, width)]
+    shapes += [(12, width)] + 3 * [(2 * width, 2 * width), (2 * width,)]
+
+    def make() -> list[torch.Tensor]:
+        return [torch.randn(*shape, device=device) for shape in shapes]
+
+    given, anchors = make(), make()
+    state = [make(), make(), [t.square() for t in make()], make()]
+    steps = torch.tensor(10.0, device=device)
+    own, their = ([[t.clone() for t in tensors] for tensors in state] for _ in range(2))
+
+    def ours():
+        parameters, first, second, averages = own
+        more = {"anchors": anchors, "anchor_weight": weight, "weight_decay": decay}
+        more |= {"averages": averages, "average_decay": average}
+        if kind == "sgd":
+            sgd_step_(parameters, given, first, lr=rate, momentum=0.9, **more)
+        else:
+            adam_step_(parameters, given, first, second, steps, lr=rate, **more)
+        return [*parameters, *averages]
+
+    def theirs():
+        parameters, first, second, averages = their
+        moved = torch._foreach_sub(parameters, anchors)
+        torch.stack(torch._foreach_norm(moved)).square().sum()
+        pulled = torch._foreach_add(given, moved, alpha=2 * weight)
+        if kind == "sgd":
+            torch._fused_sgd_(
+                parameters, pulled, first, weight_decay=decay, momentum=0.9, lr=rate,
+                dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
+            )  # fmt: skip
+        else:
+            torch._fused_adamw_(
+                parameters, pulled, first, second, [], [steps] * len(parameters), lr=rate,
+                beta1=0.9, beta2=0.999, weight_decay=decay, eps=1e-8, amsgrad=False, maximize=False,
+            )  # fmt: skip
+        torch._foreach_lerp_(averages, parameters, 1 - average)
+        return [*parameters, *averages]
+
+    count = sum(t.numel() for t in given)
+    return Case(
+        f"{kind}_step_",
+        {"width": width, "parameters": count},
+        ours,
+        theirs,
+        lambda: check(ours(), theirs()),
+        4 * count * (8 if kind == "sgd" else 10),
+    )
+
+
 def sam_case(kind: str, width: int, branches: int, device: str) -> Case:
     """A step of SAM or SAM+ on adapters of 12 blocks, beside the loops over modules of the
     published way; gradients are given, so that the optimiser alone is timed."""
@@ -537,8 +593,10 @@ def cases(device: str):
             yield torch.float32, dissimilarity_case(16, width, device, backward)
             yield torch.float32, energy_case(16, width, device, backward)
             yield torch.float32, signed_case(16, width, device, backward)
-    # RAA's two branches on ViT-Ti and ViT-B.
+    # NTK-CL's parameters and RAA's two branches on ViT-Ti and ViT-B.
     for width in (192, 768):
+        for kind in ("sgd", "adam"):
+            yield torch.float32, step_case(kind, width, device)
         for kind in ("sam", "sam+"):
             yield torch.float32, sam_case(kind, width, 2, device)
     yield torch.uint8, mask_case(1 << 20, device)

@@ -2,8 +2,8 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
+#include "ntkcl/ops/sam_step.h"
 #include "ntkcl/optim/gradient_clipping.h"
-#include "ntkcl/optim/kinds.h"
 #include "ntkcl/optim/optimizer.h"
 #include "ntkcl/optim/running_mean.h"
 #include "ntkcl/optim/schedule.h"
@@ -95,7 +95,7 @@ void init_optim(py::module_& m) {
       py::arg("optimizer"), py::arg("options"), py::arg("base"), py::arg("epoch"),
       py::arg("epochs"),
       "Sets every group's rate from base times its learning_rate_scale; all share the floor.");
-  m.def("sam_plus_gamma", &optim::sam_plus_gamma, py::arg("cos"), py::arg("tau"),
+  m.def("sam_plus_gamma", &ops::sam_plus_gamma, py::arg("cos"), py::arg("tau"),
         "SAM+: clamp(tau (1 - exp(cos - 1)), 0, 1).");
   m.def(
       "clip_grad_norm_",

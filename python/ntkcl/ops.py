@@ -1,20 +1,23 @@
-"""Differentiable operators of ntkcl, for use in any PyTorch model.
+"""Operators of ntkcl, differentiable ones and steps of optimisers, for use in any PyTorch model.
 
 Each runs on CPU and CUDA in float32, float64 and bfloat16 (computed with as float32) unless it
 says otherwise, and works with autograd, autocast, ``torch.compile`` and fake tensors. They are
 ``torch.ops.ntkcl.*`` with argument names and documentation. Random numbers come from a key, not
 from torch's generators: equal keys give equal draws on every device, for any number of threads.
 
-Second derivatives are not implemented and raise an error.
+Second derivatives are not implemented and raise an error. The names of steps of optimisers end with
+an underscore: they change their arguments, take float32 and float64, and record no gradients.
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from ntkcl import _C  # noqa: F401  # registers the operators
 
 __all__ = [
+    "adam_step_",
     "attention",
     "bias_relu_dropout",
     "composed_linear",
@@ -26,10 +29,85 @@ __all__ = [
     "philox_keep_mask",
     "projection_energy",
     "residual_layer_norm",
+    "sam_ascend_",
+    "sam_step_",
     "section_cosine",
+    "sgd_step_",
     "signed_projection",
     "token_mix_prompts",
 ]
+
+
+N = TypeVar("N", int, float)
+Tensors = Sequence[torch.Tensor]
+Anchors = Sequence[torch.Tensor | None]
+
+
+def adam_step_(
+    parameters: Tensors,
+    gradients: Tensors,
+    means: Tensors,
+    squares: Tensors,
+    steps: torch.Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    anchors: Anchors = (),
+    anchor_weight: float = 0.0,
+    averages: Tensors = (),
+    average_decay: float = 0.999,
+) -> torch.Tensor:
+    """A step of AdamW or Adam with a pull to anchors and a running average, in one sweep.
+
+    As ``sgd_step_``, but for the update of the parameters, which is that of ``torch.optim.AdamW``,
+    up to rounding, or of ``torch.optim.Adam``.
+
+    Args:
+        parameters: Contiguous tensors, float32 or float64, of one type and device; changed.
+        gradients: As many tensors, of the parameters' shapes, types and devices.
+        means: Running means of gradients, contiguous, zeros at first; changed.
+        squares: Running means of squared gradients, contiguous, zeros at first; changed.
+        steps: One float32 on their device: how many steps there have been with this one.
+        lr: The learning rate.
+        betas: Decays of means and squares, each at least 0 and below 1.
+        eps: Added to the denominator.
+        weight_decay: Of the parameters.
+        decoupled: AdamW's weight decay; False: it is added to the gradient, as Adam's.
+        anchors: As for ``sgd_step_``.
+        anchor_weight: As for ``sgd_step_``.
+        averages: As for ``sgd_step_``.
+        average_decay: As for ``sgd_step_``.
+
+    Returns:
+        As ``sgd_step_``.
+
+    Raises:
+        ValueError: Shapes, devices or layouts do not fit, or a number out of range; nothing is
+            changed then.
+        TypeError: An element type is not one of the above.
+
+    Source: Loshchilov and Hutter (ICLR 2019); the rest as ``sgd_step_``.
+    """
+    distance: torch.Tensor = torch.ops.ntkcl.adam_step_(
+        list(parameters),
+        list(gradients),
+        list(means),
+        list(squares),
+        steps,
+        list(anchors),
+        list(averages),
+        lr,
+        *betas,
+        eps,
+        weight_decay,
+        decoupled,
+        anchor_weight,
+        average_decay,
+    )
+    return distance
 
 
 def attention(
@@ -424,6 +502,98 @@ def residual_layer_norm(
     return (x if update is None else out[0]), out[1]
 
 
+def sam_ascend_(parameters: Tensors, saved: Tensors, gradients: Tensors, rho: float = 0.05) -> None:
+    """The step up the slope of sharpness-aware minimisation: ``theta + rho g / |g|``.
+
+    The norm is one over all gradients. ``sam_step_`` brings the parameters back, to the bit, and
+    makes the step of the optimiser. ``ntkcl.optim.SAM`` is an optimiser made of both.
+
+    Example:
+        >>> sam_ascend_(parameters, saved, first := torch.autograd.grad(loss(), parameters))
+        >>> second = torch.autograd.grad(loss(), parameters)
+        >>> sam_step_(parameters, momenta, saved, first, second, lr=0.01)
+
+    Args:
+        parameters: Contiguous tensors, float32 or float64, of one type and device; changed.
+        saved: As many contiguous tensors of the parameters' shapes, types and devices, which get
+            what the parameters were; changed.
+        gradients: As many tensors, of the parameters' shapes, types and devices.
+        rho: Length of the step.
+
+    Raises:
+        ValueError: Shapes, devices or layouts do not fit, or a negative rho; nothing is changed
+            then.
+        TypeError: An element type is not one of the above.
+
+    Source: Foret et al. (ICLR 2021); RAA, section on SAM+.
+    """
+    torch.ops.ntkcl.sam_ascend_(list(parameters), list(saved), list(gradients), rho)
+
+
+def sam_step_(
+    parameters: Tensors,
+    momenta: Tensors,
+    saved: Tensors,
+    first_gradients: Tensors,
+    gradients: Tensors,
+    *,
+    lr: float | Sequence[float],
+    momentum: float = 0.9,
+    weight_decay: float | Sequence[float] = 0.0,
+    tau: float | None = 25.0,
+    together: bool = False,
+    stacked_dims: int | Sequence[int] = 0,
+) -> torch.Tensor:
+    """The step of SAM+ or SAM from the gradients up the slope, after ``sam_ascend_``.
+
+        v <- momentum v + (gradient + weight_decay saved)
+        theta <- saved - lr gamma v
+
+    SAM+ damps with ``gamma = clamp(tau (1 - exp(cos(v, g) - 1)), 0, 1)``, g the first gradient and
+    the cosine 0 where v or g is: of each tensor, or by one cosine over all. SAM has gamma 1.
+
+    Args:
+        parameters: What ``sam_ascend_`` moved; changed.
+        momenta: v, as many contiguous tensors of the parameters' shapes, types and devices, zeros
+            at first; changed.
+        saved: What ``sam_ascend_`` saved.
+        first_gradients: g, those that ``sam_ascend_`` got; may be empty without tau.
+        gradients: Those at the parameters that it left.
+        lr: The learning rate, or one for each parameter.
+        momentum: At least 0 and below 1.
+        weight_decay: Added to the gradient; or one for each parameter.
+        tau: How steeply SAM+ damps; None: SAM.
+        together: One cosine over all parameters.
+        stacked_dims: Leading dimensions over which each parameter is a stack of tensors that SAM+
+            tells apart; or a number for each parameter.
+
+    Returns:
+        (rows), of the parameters' type: gamma of every tensor, those of a stack one by one.
+
+    Raises:
+        ValueError: Shapes, devices or layouts do not fit, or a number out of range; nothing is
+            changed then.
+        TypeError: An element type is not one of the above.
+
+    Source: RAA, section on SAM+.
+    """
+    count = len(parameters)
+    gammas: torch.Tensor = torch.ops.ntkcl.sam_step_(
+        list(parameters),
+        list(momenta),
+        list(saved),
+        list(first_gradients),
+        list(gradients),
+        _of_each(lr, count),
+        _of_each(weight_decay, count),
+        _of_each(stacked_dims, count),
+        momentum,
+        tau,
+        together,
+    )
+    return gammas
+
+
 def section_cosine(
     x: torch.Tensor, prototypes: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
@@ -448,6 +618,68 @@ def section_cosine(
     """
     scores: torch.Tensor = torch.ops.ntkcl.section_cosine(x, prototypes, weights)
     return scores
+
+
+def sgd_step_(
+    parameters: Tensors,
+    gradients: Tensors,
+    momenta: Tensors = (),
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    anchors: Anchors = (),
+    anchor_weight: float = 0.0,
+    averages: Tensors = (),
+    average_decay: float = 0.999,
+) -> torch.Tensor:
+    """A step of SGD with a pull to anchors and a running average of the parameters, in one sweep.
+
+    For every parameter theta with its gradient g, in one pass over memory:
+
+        g <- g + 2 anchor_weight (theta - anchor) + weight_decay theta
+        v <- momentum v + g;  theta <- theta - lr v
+        average <- average_decay average + (1 - average_decay) theta
+
+    which is the gradient of a regulariser ``anchor_weight |theta - anchor|^2``, the step of
+    ``torch.optim.SGD``, up to rounding, and an exponential moving average. The numbers do not
+    depend on how many threads there are.
+
+    Args:
+        parameters: Contiguous tensors, float32 or float64, of one type and device; changed.
+        gradients: As many tensors, of the parameters' shapes, types and devices.
+        momenta: v, as many contiguous ones, zeros at first; changed. Empty without momentum.
+        lr: The learning rate.
+        momentum: At least 0 and below 1.
+        weight_decay: Added to the gradient.
+        anchors: As many tensors like the parameters, None for those that are not pulled; or empty.
+        anchor_weight: Of the regulariser.
+        averages: As many contiguous tensors like the parameters, changed; or empty.
+        average_decay: Of the average, at least 0 and below 1.
+
+    Returns:
+        A scalar of the parameters' type: the sum of ``|theta - anchor|^2`` before the step.
+
+    Raises:
+        ValueError: Shapes, devices or layouts do not fit, or a number out of range; nothing is
+            changed then.
+        TypeError: An element type is not one of the above.
+
+    Source: NTK-CL (arXiv 2407.17120), the regulariser and the adaptive EMA of its adapters.
+    """
+    distance: torch.Tensor = torch.ops.ntkcl.sgd_step_(
+        list(parameters),
+        list(gradients),
+        list(momenta),
+        list(anchors),
+        list(averages),
+        lr,
+        momentum,
+        weight_decay,
+        anchor_weight,
+        average_decay,
+    )
+    return distance
 
 
 def signed_projection(x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
@@ -515,3 +747,7 @@ def token_mix_prompts(
         x, weight, norm_weight, norm_bias, carried, scale, eps, insert
     )
     return out[0]
+
+
+def _of_each(numbers: N | Sequence[N], count: int) -> list[N]:
+    return list(numbers) if isinstance(numbers, Sequence) else [numbers] * count

@@ -1132,6 +1132,53 @@ def ntk_samples(make, key, mask):
     yield ops.feature_fusion_backward.default, fused
 
 
+def step_samples(device):
+    """Steps of optimisers, which change their arguments."""
+    ops = torch.ops.ntkcl
+    for dtype in (torch.float32, torch.float64):
+
+        def lists(*seeds, dtype=dtype):
+            shapes = ((2, 3, 5), (4,), (), (2, 0))
+            return [[random(*s, dtype=dtype, seed=i).to(device) for s in shapes] for i in seeds]
+
+        parameters, gradients, momenta, anchors, averages = lists(0, 1, 2, 3, 4)
+        anchors[1] = None
+        yield (
+            ops.sgd_step_.default,
+            (parameters, gradients, momenta, anchors, averages, 0.1, 0.9, 0.01, 0.5, 0.7),
+        )
+        yield ops.sgd_step_.default, (*lists(0, 1), [], [], [], 0.1, 0.0, 0.0, 0.0, 0.0)
+        steps = torch.tensor(2.0, device=device)
+        for decoupled in (False, True):
+            moments = [averages, [t.abs() for t in momenta]]
+            numbers = (0.1, 0.9, 0.99, 1e-8, 0.01, decoupled, 0.5, 0.7)
+            yield (
+                ops.adam_step_.default,
+                (*lists(0, 1), *cloned(moments), steps, anchors, lists(5)[0], *numbers),
+            )
+        turned = [[random(5, 3, dtype=dtype).to(device).t()] for _ in range(2)]
+        yield ops.sam_ascend_.default, (*lists(0, 1, 2), 0.3)
+        yield ops.sam_ascend_.default, (*([t[0].contiguous()] for t in turned), turned[0], 0.3)
+        for tau, together in ((None, False), (2.0, False), (2.0, True)):
+            numbers = ([0.1] * 4, [0.01] * 4, [2, 0, 0, 1], 0.9, tau, together)
+            yield ops.sam_step_.default, (*lists(0, 1, 2, 3, 4), *numbers)
+
+
+def cloned(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    return type(value)(map(cloned, value)) if isinstance(value, list | tuple) else value
+
+
+def results_of(op, arguments):
+    """What an operator returns, and what is in the lists that it may have changed."""
+    arguments = cloned(arguments)
+    returned = op(*arguments)
+    returned = returned if isinstance(returned, tuple) else (returned,)
+    lists = [t for a in arguments if isinstance(a, list) for t in a]
+    return [t for t in (*returned, *lists) if isinstance(t, torch.Tensor)]
+
+
 def operator_samples(device="cpu"):
     """(operator, arguments) with gradients, without, non-contiguous and zero-size."""
     ops = torch.ops.ntkcl
@@ -1185,6 +1232,7 @@ def operator_samples(device="cpu"):
                 yield ops.residual_layer_norm.default, arguments
             yield ops.section_cosine.default, (make(4, 6), make(3, 6), make(2))
             yield from ntk_samples(make, key, mask)
+    yield from step_samples(device)
     x, bias = random(2, 7, 3).to(device), random(3).to(device)
     y = bias_relu_dropout(x, bias)
     scores = random(4, 3).to(device)
@@ -1509,13 +1557,13 @@ def assert_same_results(op, expected, got):
 
 def test_every_operator_gives_on_cuda_what_it_gives_on_the_cpu(cuda):
     for (op, here), (_, there) in zip(operator_samples(), operator_samples(cuda), strict=True):
-        assert_same_results(op, op(*here), op(*there))
+        assert_same_results(op, results_of(op, here), results_of(op, there))
 
 
 def test_the_comparison_of_devices_sees_a_difference():
     # Where there is no GPU the test above never runs: here on the CPU, and with one wrong result.
     for op, arguments in operator_samples():
-        assert_same_results(op, op(*arguments), op(*arguments))
+        assert_same_results(op, results_of(op, arguments), results_of(op, arguments))
     with pytest.raises(AssertionError):
         assert_same_results(op, torch.ones(3, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8))
     with pytest.raises(AssertionError):

@@ -4,6 +4,7 @@
 
 #include "ntkcl/ops/attention.h"
 #include "ntkcl/ops/bias_relu_dropout.h"
+#include "ntkcl/ops/checks.h"
 #include "ntkcl/ops/composed_linear.h"
 #include "ntkcl/ops/dissimilarity.h"
 #include "ntkcl/ops/feature_fusion.h"
@@ -461,6 +462,32 @@ detail::FourTensors token_mix_prompts_autograd(const at::Tensor& x, const at::Te
   return {results[0], results[1], results[2], results[3]};
 }
 
+// Steps of optimisers record no gradients. What they change counts as changed, so that a graph that
+// still needs the values before says so in its backward pass.
+void step_autograd(const c10::OperatorHandle& op, c10::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  std::vector<at::Tensor> changed;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (arguments[i].alias_info() && arguments[i].alias_info()->isWrite()) {
+      for (const at::Tensor& tensor :
+           torch::jit::peek(*stack, i, arguments.size()).toTensorVector()) {
+        NTKCL_OP_CHECK(!(at::GradMode::is_enabled() && tensor.grad_fn()),
+                       op.schema().name().substr(7), "expected ", arguments[i].name(),
+                       " that are leaves of the autograd graph, got one that ",
+                       tensor.grad_fn()->name(), " made");
+        changed.push_back(tensor);
+      }
+    }
+  }
+  {
+    const AutoDispatchBelowADInplaceOrView guard;
+    op.callBoxed(stack);
+  }
+  for (const at::Tensor& tensor : changed) {
+    torch::autograd::impl::bump_version(tensor);
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(ntkcl, Autograd, m) {
@@ -477,6 +504,9 @@ TORCH_LIBRARY_IMPL(ntkcl, Autograd, m) {
   m.impl("signed_projection", &signed_projection_autograd);
   m.impl("token_mix_prompts", &token_mix_prompts_autograd);
   m.impl("float8_rows", torch::autograd::autogradNotImplementedFallback());
+  for (const char* op : {"adam_step_", "sam_ascend_", "sam_step_", "sgd_step_"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&step_autograd>());
+  }
   // Second derivatives are an error when asked for, not silently zero.
   for (const char* op :
        {"attention_backward", "bias_relu_dropout_backward", "composed_linear_backward",

@@ -27,9 +27,9 @@ void no_cuda(const c10::OperatorHandle& op, c10::Stack*) {
 
 TORCH_LIBRARY_IMPL(ntkcl, CUDA, m) {
   for (const char* op :
-       {"bias_relu_dropout", "bias_relu_dropout_backward", "float8_rows", "gelu", "gelu_backward",
-        "philox_keep_mask", "residual_layer_norm", "residual_layer_norm_backward", "section_cosine",
-        "section_cosine_backward"}) {
+       {"adam_step_", "bias_relu_dropout", "bias_relu_dropout_backward", "float8_rows", "gelu",
+        "gelu_backward", "philox_keep_mask", "residual_layer_norm", "residual_layer_norm_backward",
+        "sam_ascend_", "sam_step_", "section_cosine", "section_cosine_backward", "sgd_step_"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&no_cuda>());
   }
 }

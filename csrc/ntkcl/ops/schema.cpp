@@ -3,7 +3,8 @@
 // All operators of the library. A new one, `op`, is written in these steps:
 //
 //   1. here               A line per operator: op and op_backward. Pure functions: no argument is
-//                         changed or returned.
+//                         changed or returned, but by the steps of optimisers, whose names end
+//                         with an underscore and which have no backward.
 //   2. kernels/op.h       Plain structs of arguments (pointers, sizes). op_cpu.{h,cpp}: loops over
 //                         a range, NTKCL_MULTIVERSION. op_cuda.h, op.cu: launch functions that
 //                         return cudaGetLastError(). No torch header, no allocation.
@@ -24,6 +25,11 @@
 // Types: float32, float64, bfloat16 (computed with as float32). Non-contiguous inputs are copied.
 // Random numbers: a key tensor, never a generator, so that all devices draw the same.
 TORCH_LIBRARY(ntkcl, m) {
+  m.def(
+      "adam_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means,"
+      " Tensor(c!)[] squares, Tensor steps, Tensor?[] anchors, Tensor(d!)[] averages, float lr,"
+      " float beta1, float beta2, float eps, float weight_decay, bool decoupled,"
+      " float anchor_weight, float average_decay) -> Tensor");
   m.def("attention(Tensor qkv, int heads, Tensor? gate, int prompts) -> Tensor");
   m.def(
       "attention_backward(Tensor grad, Tensor qkv, int heads, Tensor? gate, int prompts)"
@@ -76,10 +82,21 @@ TORCH_LIBRARY(ntkcl, m) {
       "residual_layer_norm_backward(Tensor grad, Tensor? sum_grad, Tensor sum, Tensor mean,"
       " Tensor scale, Tensor weight, ScalarType? update_dtype, bool affine)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sam_ascend_(Tensor(a!)[] parameters, Tensor(b!)[] saved, Tensor[] gradients, float rho) -> "
+      "()");
+  m.def(
+      "sam_step_(Tensor(a!)[] parameters, Tensor(b!)[] momenta, Tensor[] saved,"
+      " Tensor[] first_gradients, Tensor[] gradients, float[] lr, float[] weight_decay,"
+      " int[] stacked_dims, float momentum, float? tau, bool together) -> Tensor");
   m.def("section_cosine(Tensor x, Tensor prototypes, Tensor weights) -> Tensor");
   m.def(
       "section_cosine_backward(Tensor grad, Tensor x, Tensor prototypes, Tensor weights)"
       " -> (Tensor, Tensor)");
+  m.def(
+      "sgd_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momenta,"
+      " Tensor?[] anchors, Tensor(c!)[] averages, float lr, float momentum, float weight_decay,"
+      " float anchor_weight, float average_decay) -> Tensor");
   m.def("signed_projection(Tensor x, Tensor direction) -> Tensor");
   m.def(
       "signed_projection_backward(Tensor grad, Tensor x, Tensor direction, bool[2] wanted)"

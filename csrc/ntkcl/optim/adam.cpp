@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
+#include "ntkcl/ops/optimizer_step.h"
 #include "ntkcl/optim/kinds.h"
 
 namespace ntkcl::optim {
@@ -28,9 +29,15 @@ class Adam : public Optimizer {
     const c10::NoGradGuard no_grad;
     steps_.add_(1);
     for (size_t g = 0; g < groups().size(); ++g) {
-      if (!groups()[g].parameters.empty()) {
-        update(g, computed[g]);
+      const auto& parameters = groups()[g].parameters;
+      if (parameters.empty()) {
+        continue;
       }
+      // All parameters have taken the same number of steps: one counter serves them all.
+      ops::adam_step_(parameters, computed[g], mean_[g], square_[g], steps_, ops::Anchors(),
+                      /*averages=*/{}, learning_rate(g), options_.beta1, options_.beta2,
+                      options_.eps, decay_of(g, options_.weight_decay), decoupled_,
+                      /*anchor_weight=*/0, /*average_decay=*/0);
     }
   }
 
@@ -41,26 +48,6 @@ class Adam : public Optimizer {
   }
 
  private:
-  void update(size_t g, const std::vector<at::Tensor>& gradients) {
-    const auto& parameters = groups()[g].parameters;
-    const double decay = decay_of(g, options_.weight_decay);
-    // All parameters have taken the same number of steps: one counter serves them all.
-    const std::vector<at::Tensor> steps(parameters.size(), steps_);
-    const auto fused = [&](auto operation) {
-      operation(parameters, gradients, mean_[g], square_[g], at::TensorList(), steps,
-                learning_rate(g), options_.beta1, options_.beta2, decay, options_.eps);
-    };
-    if (decoupled_) {
-      fused([](const auto&... arguments) {
-        at::_fused_adamw_(arguments..., /*amsgrad=*/false, /*maximize=*/false);
-      });
-    } else {
-      fused([](const auto&... arguments) {
-        at::_fused_adam_(arguments..., /*amsgrad=*/false, /*maximize=*/false);
-      });
-    }
-  }
-
   OptimizerOptions options_;
   bool decoupled_;
   TensorLists mean_, square_;

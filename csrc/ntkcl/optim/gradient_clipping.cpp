@@ -9,10 +9,6 @@
 
 namespace ntkcl::optim {
 
-at::Tensor total_norm(at::TensorList tensors) {
-  return at::linalg_vector_norm(at::stack(at::_foreach_norm(tensors, 2)), 2);
-}
-
 at::Tensor clip_grad_norm_(at::TensorList parameters, double max_norm) {
   constexpr const char* kWhere = "clip_grad_norm_";
   NTKCL_CHECK(max_norm > 0, kWhere, "expected max_norm > 0, got ", max_norm);
@@ -27,7 +23,7 @@ at::Tensor clip_grad_norm_(at::TensorList parameters, double max_norm) {
   if (gradients.empty()) {
     return at::zeros({}, parameters[0].options().requires_grad(false));
   }
-  const at::Tensor norm = total_norm(gradients);
+  const at::Tensor norm = at::linalg_vector_norm(at::stack(at::_foreach_norm(gradients, 2)), 2);
   // Multiplying by 1 costs less than asking the device whether to.
   at::_foreach_mul_(gradients, at::clamp_max(max_norm / (norm + 1e-6), 1.0));
   return norm;

@@ -4,9 +4,6 @@
 
 namespace ntkcl::optim {
 
-// Euclidean norm over all tensors together, a scalar on their device; at least one tensor.
-at::Tensor total_norm(at::TensorList tensors);
-
 // Scales the gradients of `parameters` in place by min(1, max_norm / (norm + 1e-6)), norm the
 // Euclidean norm over all of them together; undefined gradients count as zero. Returns the norm
 // before clipping, a scalar on the parameters' device: the host does not wait for it. Arithmetic

@@ -105,9 +105,9 @@ class Optimizer {
   TensorLists zero_gradients_;  // made when first needed
 };
 
-// The optimiser `options.kind`, learning rate 0 until one is set. Bit for bit torch.optim's SGD,
-// Adam and AdamW with fused=True (their default differs from it by rounding). SAM and SAM+:
-// kinds.h.
+// The optimiser `options.kind`, learning rate 0 until one is set. SGD, Adam and AdamW are
+// torch.optim's, up to rounding; their bits and those of SAM and SAM+ (kinds.h) depend neither on
+// the number of threads nor on the processor's vectors, as torch's do.
 std::unique_ptr<Optimizer> make_optimizer(const OptimizerOptions& options,
                                           std::vector<ParameterGroup> groups);
 

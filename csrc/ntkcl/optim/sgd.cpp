@@ -1,6 +1,6 @@
-#include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
+#include "ntkcl/ops/optimizer_step.h"
 #include "ntkcl/optim/kinds.h"
 
 namespace ntkcl::optim {
@@ -25,10 +25,9 @@ class Sgd : public Optimizer {
         continue;
       }
       // Buffers begin at zero, so the first step needs no case of its own.
-      at::_fused_sgd_(parameters, computed[g], momentum_[g], decay_of(g, options_.weight_decay),
-                      options_.momentum, learning_rate(g),
-                      /*dampening=*/0.0, /*nesterov=*/false, /*maximize=*/false,
-                      /*is_first_step=*/false);
+      ops::sgd_step_(parameters, computed[g], momentum_[g], ops::Anchors(), /*averages=*/{},
+                     learning_rate(g), options_.momentum, decay_of(g, options_.weight_decay),
+                     /*anchor_weight=*/0, /*average_decay=*/0);
     }
   }
 
