@@ -6,7 +6,9 @@ says otherwise, and works with autograd, autocast, ``torch.compile`` and fake te
 from torch's generators: equal keys give equal draws on every device, for any number of threads.
 
 Second derivatives are not implemented and raise an error. The names of steps of optimisers end with
-an underscore: they change their arguments, take float32 and float64, and record no gradients.
+an underscore: they change their arguments, no two of which may share memory, take float32 and
+float64, and record no gradients. Their numbers are constants of a graph of ``torch.compile``: where
+the learning rate changes, compile the passes and not the step.
 """
 
 from collections.abc import Sequence
@@ -70,7 +72,8 @@ def adam_step_(
         gradients: As many tensors, of the parameters' shapes, types and devices.
         means: Running means of gradients, contiguous, zeros at first; changed.
         squares: Running means of squared gradients, contiguous, zeros at first; changed.
-        steps: One float32 on their device: how many steps there have been with this one.
+        steps: One float32 on their device: how many steps there have been with this one, at least
+            1 (not checked on a GPU, where it is not read back).
         lr: The learning rate.
         betas: Decays of means and squares, each at least 0 and below 1.
         eps: Added to the denominator.
@@ -549,8 +552,9 @@ def sam_step_(
         v <- momentum v + (gradient + weight_decay saved)
         theta <- saved - lr gamma v
 
-    SAM+ damps with ``gamma = clamp(tau (1 - exp(cos(v, g) - 1)), 0, 1)``, g the first gradient and
-    the cosine 0 where v or g is: of each tensor, or by one cosine over all. SAM has gamma 1.
+    SAM+ damps with ``gamma = clamp(tau (1 - exp(cos(v, g) - 1)), 0, 1)``, g the first gradient,
+    which for rho > 0 has the direction of the step up the slope, and the cosine 0 where v or g is:
+    of each tensor, or by one cosine over all. SAM has gamma 1.
 
     Args:
         parameters: What ``sam_ascend_`` moved; changed.
@@ -642,8 +646,8 @@ def sgd_step_(
         average <- average_decay average + (1 - average_decay) theta
 
     which is the gradient of a regulariser ``anchor_weight |theta - anchor|^2``, the step of
-    ``torch.optim.SGD``, up to rounding, and an exponential moving average. The numbers do not
-    depend on how many threads there are.
+    ``torch.optim.SGD``, up to rounding, and an exponential moving average. No bits depend on how
+    many threads there are.
 
     Args:
         parameters: Contiguous tensors, float32 or float64, of one type and device; changed.
@@ -653,7 +657,7 @@ def sgd_step_(
         momentum: At least 0 and below 1.
         weight_decay: Added to the gradient.
         anchors: As many tensors like the parameters, None for those that are not pulled; or empty.
-        anchor_weight: Of the regulariser.
+        anchor_weight: Of the regulariser; 0 without anchors.
         averages: As many contiguous tensors like the parameters, changed; or empty.
         average_decay: Of the average, at least 0 and below 1.
 

@@ -103,8 +103,9 @@ SETTINGS = {"lr": 0.05, "weight_decay": 0.3, "anchor_weight": 0.7, "average_deca
 
 
 def by_definition(kind: Sgd | Adam, lists: Lists, s: dict[str, Any]) -> tuple[Lists, float]:
-    lists = {name: [t and t.double() if t is None else t.double() for t in given]
-             for name, given in lists.items()}  # fmt: skip
+    lists = {
+        name: [None if t is None else t.double() for t in given] for name, given in lists.items()
+    }
     distance = 0.0
     for i, theta in enumerate(lists["parameters"]):
         g = lists["gradients"][i]
@@ -359,11 +360,13 @@ def test_bad_lists_are_errors_and_nothing_changes(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": -0.1}, "expected lr >= 0, got -0.1"),
-        ({"lr": math.nan}, "expected lr >= 0, got nan"),
-        ({"weight_decay": -1.0}, "expected weight_decay >= 0"),
-        ({"anchor_weight": -1.0}, "expected anchor_weight >= 0"),
+        ({"lr": -0.1}, "expected a finite lr >= 0, got -0.1"),
+        ({"lr": math.nan}, "expected a finite lr >= 0, got nan"),
+        ({"lr": math.inf}, "expected a finite lr >= 0, got inf"),
+        ({"weight_decay": -1.0}, "expected a finite weight_decay >= 0"),
+        ({"anchor_weight": -1.0}, "expected a finite anchor_weight >= 0"),
         ({"average_decay": 1.0}, "expected 0 <= average_decay < 1, got 1"),
+        ({"anchors": [], "anchor_weight": 0.5}, r"expected anchors for an anchor_weight of 0\.5"),
         ({"anchors": [None] * 2}, "expected 6 tensors in anchors, one for each parameter, or none"),
     ],
 )
@@ -383,12 +386,12 @@ def test_bad_numbers_of_one_are_errors() -> None:
         ({"tau": 0.0}, "expected tau > 0, got 0"),
         ({"momentum": 1.0}, "expected 0 <= momentum < 1"),
         ({"lr": [0.1]}, "expected 6 numbers in lr, one for each parameter, got 1"),
-        ({"lr": [0.1, 0.1, 0.1, 0.1, 0.1, -1.0]}, "expected lr >= 0, got -1"),
+        ({"lr": [0.1, 0.1, 0.1, 0.1, 0.1, -1.0]}, "expected a finite lr >= 0, got -1"),
         ({"stacked_dims": 1}, r"expected stacked_dims\[2\] from 0 to 0, got 1"),
     ]:
         with pytest.raises(ValueError, match=r"^\[sam_step_\] " + message):
             sam_step_(*lists.values(), **{"lr": 0.1, **change})
-    with pytest.raises(ValueError, match=r"\[sam_ascend_\] expected rho >= 0"):
+    with pytest.raises(ValueError, match=r"\[sam_ascend_\] expected a finite rho >= 0"):
         sam_ascend_(lists["parameters"], lists["saved"], lists["first"], -1.0)
     with pytest.raises(ValueError, match="expected 6 tensors in first_gradients"):
         sam_step_(
@@ -442,6 +445,58 @@ def test_a_graph_that_needs_the_parameters_says_so() -> None:
         loss.backward()
     with pytest.raises(ValueError, match="leaves of the autograd graph"):
         sgd_step_([weight * 2], [torch.ones(3)], lr=0.1)
+
+
+def test_changes_are_seen_from_within_inference_mode() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    loss = (weight * weight).sum()
+    with torch.inference_mode():
+        sgd_step_([weight], [torch.ones(3)], lr=0.1)
+        made_there = torch.ones(3)
+        sgd_step_([made_there], [torch.ones(3)], lr=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match=r"\[sgd_step_\] expected tensors made outside of"):
+        sgd_step_([weight], [torch.ones(3)], [made_there], lr=0.1, momentum=0.9)
+    assert torch.equal(weight, before) and made_there[0] == 0.9
+
+
+def test_tensors_that_share_memory_are_refused() -> None:
+    p, g, v = (torch.ones(6) for _ in range(3))
+    for step in (
+        lambda: sgd_step_([p, p], [g, g], lr=0.1),
+        lambda: sgd_step_([p[:4], p[3:]], [g[:4], g[3:]], lr=0.1),
+        lambda: sgd_step_([p], [g], [p], lr=0.1, momentum=0.9),
+        lambda: adam_step_([p], [g], [v], [v], torch.tensor(1.0), lr=0.1),
+        lambda: sam_ascend_([p], [p], [g]),
+        lambda: sam_step_([p], [p], [v], [], [g], lr=0.1, tau=None),
+    ):
+        with pytest.raises(ValueError, match="expected to change tensors that share no memory"):
+            step()
+    assert torch.equal(p, torch.ones(6))
+    sgd_step_([p[:3], p[3:]], [g[:3], g[3:]], lr=0.5)  # neighbours share none
+    assert torch.equal(p, torch.full((6,), 0.5))
+
+
+def test_infinite_parameters_stay_where_nothing_decays() -> None:
+    for kind in KINDS:
+        lists = {"parameters": [torch.tensor([math.inf, 1.0])]}
+        for name in ("gradients", *kind.lists):
+            lists[name] = [torch.zeros(2)]
+        kind.call(lists, lr=0.1)
+        assert lists["parameters"][0].tolist() == [math.inf, 1.0]
+
+
+def test_cuda_steps_of_sgd_have_the_cpus_bits(cuda: torch.device) -> None:
+    kind = KINDS[0]
+    here, there = inputs(kind, torch.float32), inputs(kind, torch.float32)
+    there = {name: [t.to(cuda) for t in given] for name, given in there.items()}
+    kind.call(here, **SETTINGS)
+    kind.call(there, **SETTINGS)
+    for name in ("parameters", *kind.lists):
+        for mine, theirs in zip(here[name], there[name], strict=True):
+            assert torch.equal(mine, theirs.cpu()), name
 
 
 @pytest.mark.parametrize("name", NAMES)

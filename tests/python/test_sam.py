@@ -166,3 +166,35 @@ def test_a_closure_that_fails_leaves_the_parameters() -> None:
     with pytest.raises(RuntimeError, match="no second"):
         sam(network, "tensor").step(closure)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), before, strict=True))
+
+
+def test_gradients_may_come_in_the_same_memory_twice() -> None:
+    # As those of torch's DistributedDataParallel with gradient_as_bucket_view do.
+    ours, theirs = model(), model()
+    optimizer, reference = sam(ours, "tensor"), ByDefinition(theirs, "tensor")
+    images, labels = batch()
+    kept = [torch.zeros_like(p) for p in ours.parameters()]
+
+    def closure() -> Tensor:
+        loss = nn.functional.cross_entropy(ours(images), labels)
+        gradients = torch.autograd.grad(loss, list(ours.parameters()))
+        for parameter, place, gradient in zip(ours.parameters(), kept, gradients, strict=True):
+            parameter.grad = place.copy_(gradient)
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+        reference.step(0.2)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_step_of_no_length_has_no_direction() -> None:
+    # cos(v, 0) = 0: gamma is tau (1 - 1/e) where that is below 1.
+    ours, theirs = model(), model()
+    optimizer = sam(ours, "tensor", rho=0.0, tau=1.0, momentum=0.0, weight_decay=0.0)
+    optimizer.step(closure_of(ours))
+    closure_of(theirs)()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        wanted = b - 0.2 * (1 - math.exp(-1)) * b.grad
+        torch.testing.assert_close(a, wanted, rtol=1e-12, atol=1e-12)

@@ -2,6 +2,7 @@
 
 #include "ntkcl/kernels/bias_relu_dropout_cuda.h"
 #include "ntkcl/kernels/keep.h"
+#include "ntkcl/kernels/launch.cuh"
 #include "ntkcl/kernels/vec4.cuh"
 
 // Forward: one read of x, one write of y; with a mask one byte more per element, with a key about
@@ -90,8 +91,7 @@ cudaError_t launch_forward(const BiasReluDropout<T>& args, cudaStream_t stream) 
                       is_vec4_aligned(args.mask);
   const auto kernel =
       vector ? forward_kernel<T, kDropout, true> : forward_kernel<T, kDropout, false>;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args, column_step);
-  return cudaGetLastError();
+  return launch(kernel, static_cast<unsigned>(blocks), kThreads, stream, args, column_step);
 }
 
 // How the backward pass lies over the matrix: a block is `lanes` wide, each lane `elements`
@@ -199,17 +199,17 @@ cudaError_t launch_backward(const BiasReluDropoutBackward<T>& args, Compute<T>* 
   const auto groups = static_cast<unsigned>(args.groups);
   const int lanes = backward_lanes(args.width, kElements);
   const int64_t tiles = (args.width + lanes * kElements - 1) / (lanes * kElements);
-  backward_kernel<T, kElements>
-      <<<dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(chunks), groups),
-         dim3(lanes, kThreads / lanes), 0, stream>>>(args, chunk_rows, workspace);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
+  const cudaError_t error =
+      launch(backward_kernel<T, kElements>,
+             dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(chunks), groups),
+             dim3(lanes, kThreads / lanes), stream, args, chunk_rows, workspace);
+  if (error != cudaSuccess) {
     return error;
   }
   const int64_t blocks = (args.width + kMaxLanes - 1) / kMaxLanes;
-  dbias_kernel<T>
-      <<<dim3(static_cast<unsigned>(blocks), groups), dim3(kMaxLanes, kThreads / kMaxLanes), 0,
-         stream>>>(workspace, chunks, args.width, args.dbias);
-  return cudaGetLastError();
+  return launch(dbias_kernel<T>, dim3(static_cast<unsigned>(blocks), groups),
+                dim3(kMaxLanes, kThreads / kMaxLanes), stream, workspace, chunks, args.width,
+                args.dbias);
 }
 
 }  // namespace

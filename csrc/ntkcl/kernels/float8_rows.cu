@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ntkcl/kernels/float8_rows_cuda.h"
+#include "ntkcl/kernels/launch.cuh"
 #include "ntkcl/kernels/warp.cuh"
 
 // A warp for each row, which it reads twice, the second time from the cache: 2 or 4 bytes an
@@ -75,8 +76,7 @@ cudaError_t float8_rows_cuda(const Float8Rows<T>& args, cudaStream_t stream) {
                       reinterpret_cast<uintptr_t>(args.values) % sizeof(uchar4) == 0;
   const auto kernel = vector ? float8_rows_kernel<T, 4> : float8_rows_kernel<T, 1>;
   const int64_t blocks = std::min((args.rows + kRowsOfBlock - 1) / kRowsOfBlock, kMaxBlocks);
-  kernel<<<static_cast<unsigned>(blocks), kWarp * kRowsOfBlock, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch(kernel, static_cast<unsigned>(blocks), kWarp * kRowsOfBlock, stream, args);
 }
 
 template cudaError_t float8_rows_cuda(const Float8Rows<float>&, cudaStream_t);

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "ntkcl/kernels/gelu_cuda.h"
+#include "ntkcl/kernels/launch.cuh"
 #include "ntkcl/kernels/warp.cuh"
 
 // One read of each argument, one write of the result.
@@ -72,8 +73,7 @@ template <class T>
 cudaError_t gelu_cuda(const Gelu<T>& args, cudaStream_t stream) {
   const bool vector = args.size % 4 == 0 && is_vec4_aligned(args.x) && is_vec4_aligned(args.y);
   const auto kernel = vector ? forward_kernel<T, 4> : forward_kernel<T, 1>;
-  kernel<<<block_count(args.size, vector ? 4 : 1), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch(kernel, block_count(args.size, vector ? 4 : 1), kThreads, stream, args);
 }
 
 template <class T>
@@ -81,8 +81,7 @@ cudaError_t gelu_backward_cuda(const GeluBackward<T>& args, cudaStream_t stream)
   const bool vector = args.size % 4 == 0 && is_vec4_aligned(args.grad) && is_vec4_aligned(args.x) &&
                       is_vec4_aligned(args.dx);
   const auto kernel = vector ? backward_kernel<T, 4> : backward_kernel<T, 1>;
-  kernel<<<block_count(args.size, vector ? 4 : 1), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch(kernel, block_count(args.size, vector ? 4 : 1), kThreads, stream, args);
 }
 
 #define NTKCL_INSTANTIATE(T)                                    \

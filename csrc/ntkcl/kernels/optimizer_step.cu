@@ -1,3 +1,6 @@
+#include <new>
+
+#include "ntkcl/kernels/launch.cuh"
 #include "ntkcl/kernels/optimizer_step_cuda.h"
 #include "ntkcl/kernels/tensor_list.cuh"
 
@@ -28,9 +31,7 @@ __device__ inline T new_parameter(const StepTensor<T>& tensor, const AdamStep<T>
 template <class T, class Step>
 __device__ inline void sweep(const StepTensor<T>& tensor, const Step& step, double* distances) {
   double distance = 0;
-  const int64_t stride = int64_t{gridDim.x} * kSweepThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kSweepThreads + threadIdx.x; i < tensor.size;
-       i += stride) {
+  for_each_element(tensor.size, [&](int64_t i) {
     const T before = tensor.parameter[i];
     const T moved = tensor.anchor == nullptr ? T{0} : before - tensor.anchor[i];
     distance += static_cast<double>(moved) * static_cast<double>(moved);
@@ -40,7 +41,7 @@ __device__ inline void sweep(const StepTensor<T>& tensor, const Step& step, doub
     if (tensor.average != nullptr) {
       tensor.average[i] = averaged(step.regularizer, tensor.average[i], after);
     }
-  }
+  });
   distance = block_sum(distance);
   if (threadIdx.x == 0) {
     distances[int64_t{blockIdx.z} * gridDim.x + blockIdx.x] = distance;
@@ -57,7 +58,12 @@ template <class T>
 __global__ void __launch_bounds__(kSweepThreads)
     adam_kernel(TensorPack<StepTensor<T>> pack, AdamOptions options, const float* steps,
                 double* distances) {
-  sweep(pack.tensors[blockIdx.z], AdamStep<T>(options, *steps), distances);
+  alignas(AdamStep<T>) __shared__ unsigned char memory[sizeof(AdamStep<T>)];
+  if (threadIdx.x == 0) {
+    new (memory) AdamStep<T>(options, *steps);  // powers, once a block
+  }
+  __syncthreads();
+  sweep(pack.tensors[blockIdx.z], *reinterpret_cast<const AdamStep<T>*>(memory), distances);
 }
 
 }  // namespace
@@ -67,8 +73,8 @@ cudaError_t sgd_step_cuda(const StepTensor<T>* tensors, int64_t count, const Sgd
                           double* distances, int64_t blocks, cudaStream_t stream) {
   return for_each_pack(tensors, count, [&](const auto& pack, unsigned n, int64_t first) {
     const dim3 grid(static_cast<unsigned>(blocks), 1, n);
-    sgd_kernel<T>
-        <<<grid, kSweepThreads, 0, stream>>>(pack, SgdStep<T>(options), distances + first * blocks);
+    return launch(sgd_kernel<T>, grid, kSweepThreads, stream, pack, SgdStep<T>(options),
+                  distances + first * blocks);
   });
 }
 
@@ -78,8 +84,8 @@ cudaError_t adam_step_cuda(const StepTensor<T>* tensors, int64_t count, const Ad
                            cudaStream_t stream) {
   return for_each_pack(tensors, count, [&](const auto& pack, unsigned n, int64_t first) {
     const dim3 grid(static_cast<unsigned>(blocks), 1, n);
-    adam_kernel<T>
-        <<<grid, kSweepThreads, 0, stream>>>(pack, options, steps, distances + first * blocks);
+    return launch(adam_kernel<T>, grid, kSweepThreads, stream, pack, options, steps,
+                  distances + first * blocks);
   });
 }
 

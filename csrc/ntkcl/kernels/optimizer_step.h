@@ -7,7 +7,7 @@
 
 // A step of SGD or Adam, with a pull to an anchor before it and a running average after it, element
 // by element; see ops/optimizer_step.h. T is float or double. Products are added by fused
-// multiply-adds, written out, so that CPU and GPU agree to the bit.
+// multiply-adds, written out: the same arithmetic on every processor and device.
 namespace ntkcl::kernels {
 
 // One tensor of the sweep; null where there is none.
@@ -86,7 +86,9 @@ struct AdamStep {
 template <class T>
 NTKCL_HOST_DEVICE NTKCL_INLINE T regularized(const StepRegularizer<T>& r, T gradient, T parameter,
                                              T moved) {
-  return std::fma(parameter, r.decay, std::fma(moved, r.pull, gradient));
+  // Without a decay, parameters may be infinite.
+  const T pulled = std::fma(moved, r.pull, gradient);
+  return r.decay == T{0} ? pulled : std::fma(parameter, r.decay, pulled);
 }
 
 template <class T>

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "ntkcl/kernels/keep.h"
+#include "ntkcl/kernels/launch.cuh"
 #include "ntkcl/kernels/philox_keep_mask_cuda.h"
 #include "ntkcl/kernels/vec4.cuh"
 
@@ -44,9 +45,8 @@ cudaError_t philox_keep_mask_cuda(const int64_t* device_key, uint32_t threshold,
                                   uint8_t* keep, cudaStream_t stream) {
   const int64_t groups = (n + 3) / 4;
   const int64_t blocks = std::min((groups + kThreads - 1) / kThreads, kMaxBlocks);
-  philox_keep_mask_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-      device_key, threshold, n, keep);
-  return cudaGetLastError();
+  return launch(philox_keep_mask_kernel, static_cast<unsigned>(blocks), kThreads, stream,
+                device_key, threshold, n, keep);
 }
 
 }  // namespace ntkcl::kernels

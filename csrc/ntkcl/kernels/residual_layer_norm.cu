@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "ntkcl/kernels/launch.cuh"
 #include "ntkcl/kernels/residual_layer_norm_cuda.h"
 #include "ntkcl/kernels/warp.cuh"
 
@@ -140,8 +141,7 @@ cudaError_t residual_layer_norm_cuda(const ResidualLayerNorm<S, U, O>& args, cud
                       is_vec4_aligned(args.bias) && is_vec4_aligned(args.sum) &&
                       is_vec4_aligned(args.out);
   const auto kernel = vector ? forward_kernel<S, U, O, 4> : forward_kernel<S, U, O, 1>;
-  kernel<<<block_count(args.rows), dim3(kWarp, kWarps), 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch(kernel, block_count(args.rows), dim3(kWarp, kWarps), stream, args);
 }
 
 template <class S, class U, class O>
@@ -152,8 +152,7 @@ cudaError_t residual_layer_norm_backward_cuda(const ResidualLayerNormBackward<S,
                       is_vec4_aligned(args.weight) && is_vec4_aligned(args.dx) &&
                       is_vec4_aligned(args.dupdate);
   const auto kernel = vector ? backward_kernel<S, U, O, 4> : backward_kernel<S, U, O, 1>;
-  kernel<<<block_count(args.rows), dim3(kWarp, kWarps), 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch(kernel, block_count(args.rows), dim3(kWarp, kWarps), stream, args);
 }
 
 #define NTKCL_INSTANTIATE(S, U, O)                                                                \

@@ -1,3 +1,4 @@
+#include "ntkcl/kernels/launch.cuh"
 #include "ntkcl/kernels/sam_step_cuda.h"
 #include "ntkcl/kernels/tensor_list.cuh"
 
@@ -11,11 +12,8 @@ constexpr int64_t kMaxRows = 1024;  // of a grid
 template <class T, class Run, class End>
 __device__ inline void over_rows(const SamTensor<T>& tensor, const Run& run, const End& end) {
   const int64_t width = tensor.rows == 0 ? 0 : tensor.size / tensor.rows;
-  const int64_t stride = int64_t{gridDim.x} * kSweepThreads;
   for (int64_t row = blockIdx.y; row < tensor.rows; row += gridDim.y) {
-    for (int64_t i = int64_t{blockIdx.x} * kSweepThreads + threadIdx.x; i < width; i += stride) {
-      run(row * width + i, row);
-    }
+    for_each_element(width, [&](int64_t i) { run(row * width + i, row); });
     end(row);
   }
 }
@@ -25,12 +23,10 @@ __global__ void __launch_bounds__(kSweepThreads)
     square_sums_kernel(TensorPack<SamTensor<T>> pack, double* sums) {
   const SamTensor<T>& tensor = pack.tensors[blockIdx.z];
   double sum = 0;
-  const int64_t stride = int64_t{gridDim.x} * kSweepThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kSweepThreads + threadIdx.x; i < tensor.size;
-       i += stride) {
+  for_each_element(tensor.size, [&](int64_t i) {
     const double g = tensor.first_gradient[i];
     sum += g * g;
-  }
+  });
   sum = block_sum(sum);
   if (threadIdx.x == 0) {
     sums[int64_t{blockIdx.z} * gridDim.x + blockIdx.x] = sum;
@@ -42,13 +38,11 @@ __global__ void __launch_bounds__(kSweepThreads)
     ascend_kernel(TensorPack<SamTensor<T>> pack, const double* scale) {
   const SamTensor<T>& tensor = pack.tensors[blockIdx.z];
   const T factor = static_cast<T>(*scale);
-  const int64_t stride = int64_t{gridDim.x} * kSweepThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kSweepThreads + threadIdx.x; i < tensor.size;
-       i += stride) {
+  for_each_element(tensor.size, [&](int64_t i) {
     const T before = tensor.parameter[i];
     tensor.saved[i] = before;
     tensor.parameter[i] = std::fma(tensor.first_gradient[i], factor, before);
-  }
+  });
 }
 
 template <class T>
@@ -62,12 +56,15 @@ __global__ void __launch_bounds__(kSweepThreads)
         const T moved = moved_momentum(tensor.momentum[i], factor, tensor.saved[i], tensor.decay,
                                        tensor.gradient[i]);
         tensor.momentum[i] = moved;
-        if (tensor.first_gradient != nullptr) {
+        if (sums != nullptr) {
           const double v = moved, g = tensor.first_gradient[i];
           sum += {v * g, v * v, g * g};
         }
       },
       [&](int64_t row) {
+        if (sums == nullptr) {
+          return;
+        }
         const Alignment all{block_sum(sum.product), block_sum(sum.momentum_square),
                             block_sum(sum.gradient_square)};
         if (threadIdx.x == 0) {
@@ -106,7 +103,7 @@ cudaError_t sam_square_sums_cuda(const SamTensor<T>* tensors, int64_t count, dou
                                  int64_t blocks, cudaStream_t stream) {
   return for_each_pack(tensors, count, [&](const auto& pack, unsigned n, int64_t first) {
     const dim3 grid(static_cast<unsigned>(blocks), 1, n);
-    square_sums_kernel<T><<<grid, kSweepThreads, 0, stream>>>(pack, sums + first * blocks);
+    return launch(square_sums_kernel<T>, grid, kSweepThreads, stream, pack, sums + first * blocks);
   });
 }
 
@@ -115,7 +112,7 @@ cudaError_t sam_ascend_cuda(const SamTensor<T>* tensors, int64_t count, const do
                             int64_t blocks, cudaStream_t stream) {
   return for_each_pack(tensors, count, [&](const auto& pack, unsigned n, int64_t) {
     const dim3 grid(static_cast<unsigned>(blocks), 1, n);
-    ascend_kernel<T><<<grid, kSweepThreads, 0, stream>>>(pack, scale);
+    return launch(ascend_kernel<T>, grid, kSweepThreads, stream, pack, scale);
   });
 }
 
@@ -125,7 +122,7 @@ cudaError_t sam_momentum_cuda(const SamTensor<T>* tensors, int64_t count, T fact
   const unsigned rows = most_rows(tensors, count);
   return for_each_pack(tensors, count, [&](const auto& pack, unsigned n, int64_t) {
     const dim3 grid(static_cast<unsigned>(blocks), rows, n);
-    momentum_kernel<T><<<grid, kSweepThreads, 0, stream>>>(pack, factor, sums);
+    return launch(momentum_kernel<T>, grid, kSweepThreads, stream, pack, factor, sums);
   });
 }
 
@@ -135,7 +132,7 @@ cudaError_t sam_descend_cuda(const SamTensor<T>* tensors, int64_t count, const T
   const unsigned rows = most_rows(tensors, count);
   return for_each_pack(tensors, count, [&](const auto& pack, unsigned n, int64_t) {
     const dim3 grid(static_cast<unsigned>(blocks), rows, n);
-    descend_kernel<T><<<grid, kSweepThreads, 0, stream>>>(pack, gammas);
+    return launch(descend_kernel<T>, grid, kSweepThreads, stream, pack, gammas);
   });
 }
 

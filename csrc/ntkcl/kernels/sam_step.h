@@ -6,7 +6,8 @@
 #include "ntkcl/kernels/multiversion.h"
 
 // The sweeps of SAM and SAM+ over one tensor of the parameters; see ops/sam_step.h. T is float or
-// double. Products are added by fused multiply-adds, written out, so that CPU and GPU agree.
+// double. Products are added by fused multiply-adds, written out: the same arithmetic on every
+// processor and device.
 namespace ntkcl::kernels {
 
 template <class T>

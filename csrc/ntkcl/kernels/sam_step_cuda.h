@@ -18,8 +18,8 @@ template <class T>
 cudaError_t sam_ascend_cuda(const SamTensor<T>* tensors, int64_t count, const double* scale,
                             int64_t blocks, cudaStream_t stream);
 
-// momentum = factor * momentum + gradient + decay * saved, and how each row is aligned to the first
-// gradient, which may be null: sums (all rows, blocks); zeros then.
+// momentum = factor * momentum + gradient + decay * saved, and, unless `sums` is null, how each row
+// is aligned to the first gradient: sums (all rows, blocks).
 template <class T>
 cudaError_t sam_momentum_cuda(const SamTensor<T>* tensors, int64_t count, T factor, Alignment* sums,
                               int64_t blocks, cudaStream_t stream);

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "ntkcl/kernels/launch.cuh"
 #include "ntkcl/kernels/section_cosine_cuda.h"
 #include "ntkcl/kernels/warp.cuh"
 
@@ -102,8 +103,7 @@ template <class T>
 cudaError_t normalize_sections_cuda(const NormalizeSections<T>& args, cudaStream_t stream) {
   const bool vector = args.width % 4 == 0 && is_vec4_aligned(args.x) && is_vec4_aligned(args.unit);
   const auto kernel = vector ? normalize_kernel<T, 4> : normalize_kernel<T, 1>;
-  kernel<<<block_count(args.rows * args.sections), dim3(kWarp, kWarps), 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch(kernel, block_count(args.rows * args.sections), dim3(kWarp, kWarps), stream, args);
 }
 
 template <class T>
@@ -111,8 +111,7 @@ cudaError_t project_sections_cuda(const ProjectSections<T>& args, cudaStream_t s
   const bool vector = args.width % 4 == 0 && is_vec4_aligned(args.x) &&
                       is_vec4_aligned(args.pulled) && is_vec4_aligned(args.dx);
   const auto kernel = vector ? project_kernel<T, 4> : project_kernel<T, 1>;
-  kernel<<<block_count(args.rows * args.sections), dim3(kWarp, kWarps), 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch(kernel, block_count(args.rows * args.sections), dim3(kWarp, kWarps), stream, args);
 }
 
 #define NTKCL_INSTANTIATE(T)                                                               \

@@ -17,21 +17,29 @@ struct TensorPack {
   Tensor tensors[kCapacity];
 };
 
-// Calls launch(pack, count, first) for all tensors, `first` the first one of the pack.
-template <class Tensor, class Launch>
-cudaError_t for_each_pack(const Tensor* tensors, int64_t count, const Launch& launch) {
+// Calls start(pack, count, first) for all tensors, `first` the first one of the pack.
+template <class Tensor, class Start>
+cudaError_t for_each_pack(const Tensor* tensors, int64_t count, const Start& start) {
   using Pack = TensorPack<Tensor>;
   for (int64_t first = 0; first < count; first += Pack::kCapacity) {
     const int64_t n = std::min(Pack::kCapacity, count - first);
     Pack pack;
     std::copy_n(tensors + first, n, pack.tensors);
-    launch(pack, static_cast<unsigned>(n), first);
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = start(pack, static_cast<unsigned>(n), first);
     if (error != cudaSuccess) {
       return error;
     }
   }
   return cudaSuccess;
+}
+
+// Calls run(i) for 0 <= i < n, over all threads of blockIdx.x.
+template <class Run>
+__device__ inline void for_each_element(int64_t n, const Run& run) {
+  const int64_t stride = int64_t{gridDim.x} * kSweepThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kSweepThreads + threadIdx.x; i < n; i += stride) {
+    run(i);
+  }
 }
 
 // The sum over a block of kSweepThreads, in a fixed order; thread 0 gets it. Every thread calls it.

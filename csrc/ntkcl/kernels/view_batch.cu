@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "ntkcl/kernels/launch.cuh"
 #include "ntkcl/kernels/view_batch_cuda.h"
 
 // A thread for each place of a step, an image for each second side of the grid. Compiled without
@@ -42,10 +43,14 @@ dim3 grid_of(const ViewBatch& batch, int64_t places) {
 }  // namespace
 
 cudaError_t fill_views_cuda(const ViewBatch& batch, cudaStream_t stream) {
-  weights_kernel<<<grid_of(batch, 2 * batch.size), kThreads, 0, stream>>>(batch);
-  between_kernel<<<grid_of(batch, batch.most_between), kThreads, 0, stream>>>(batch);
-  out_kernel<<<grid_of(batch, batch.size * batch.size), kThreads, 0, stream>>>(batch);
-  return cudaGetLastError();
+  const auto start = [&](void (*kernel)(ViewBatch), int64_t places) {
+    return launch(kernel, grid_of(batch, places), kThreads, stream, batch);
+  };
+  cudaError_t error = start(weights_kernel, 2 * batch.size);
+  if (error == cudaSuccess) {
+    error = start(between_kernel, batch.most_between);
+  }
+  return error == cudaSuccess ? start(out_kernel, batch.size * batch.size) : error;
 }
 
 }  // namespace ntkcl::kernels

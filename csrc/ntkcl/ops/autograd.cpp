@@ -462,29 +462,52 @@ detail::FourTensors token_mix_prompts_autograd(const at::Tensor& x, const at::Te
   return {results[0], results[1], results[2], results[3]};
 }
 
-// Steps of optimisers record no gradients. What they change counts as changed, so that a graph that
-// still needs the values before says so in its backward pass.
-void step_autograd(const c10::OperatorHandle& op, c10::Stack* stack) {
+constexpr const char* kSteps[] = {"adam_step_", "sam_ascend_", "sam_step_", "sgd_step_"};
+
+// What an operator's schema says that it changes.
+std::vector<at::Tensor> changed_by(const c10::OperatorHandle& op, const c10::Stack& stack) {
   const auto& arguments = op.schema().arguments();
   std::vector<at::Tensor> changed;
   for (size_t i = 0; i < arguments.size(); ++i) {
     if (arguments[i].alias_info() && arguments[i].alias_info()->isWrite()) {
-      for (const at::Tensor& tensor :
-           torch::jit::peek(*stack, i, arguments.size()).toTensorVector()) {
-        NTKCL_OP_CHECK(!(at::GradMode::is_enabled() && tensor.grad_fn()),
-                       op.schema().name().substr(7), "expected ", arguments[i].name(),
-                       " that are leaves of the autograd graph, got one that ",
-                       tensor.grad_fn()->name(), " made");
-        changed.push_back(tensor);
-      }
+      const auto list = torch::jit::peek(stack, i, arguments.size()).toTensorVector();
+      changed.insert(changed.end(), list.begin(), list.end());
     }
+  }
+  return changed;
+}
+
+std::string name_of(const c10::OperatorHandle& op) {
+  return op.schema().name().substr(sizeof("ntkcl::") - 1);
+}
+
+// Steps of optimisers record no gradients.
+void step_autograd(const c10::OperatorHandle& op, c10::Stack* stack) {
+  for (const at::Tensor& tensor : changed_by(op, *stack)) {
+    NTKCL_OP_CHECK(!(at::GradMode::is_enabled() && tensor.grad_fn()), name_of(op),
+                   "expected to change leaves of the autograd graph, got what ",
+                   tensor.grad_fn()->name(), " made");
+  }
+  const at::AutoDispatchBelowAutograd guard;
+  op.callBoxed(stack);
+}
+
+// What they change counts as changed, so that a graph that still needs the values before says so in
+// its backward pass.
+void step_in_place(const c10::OperatorHandle& op, c10::Stack* stack) {
+  const std::vector<at::Tensor> changed = changed_by(op, *stack);
+  for (const at::Tensor& tensor : changed) {
+    NTKCL_OP_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), name_of(op),
+                   "expected tensors made outside of torch.inference_mode, or a step inside it");
   }
   {
     const AutoDispatchBelowADInplaceOrView guard;
     op.callBoxed(stack);
   }
   for (const at::Tensor& tensor : changed) {
-    torch::autograd::impl::bump_version(tensor);
+    if (!tensor.is_inference()) {
+      torch::autograd::impl::bump_version(tensor);
+    }
   }
 }
 
@@ -504,7 +527,7 @@ TORCH_LIBRARY_IMPL(ntkcl, Autograd, m) {
   m.impl("signed_projection", &signed_projection_autograd);
   m.impl("token_mix_prompts", &token_mix_prompts_autograd);
   m.impl("float8_rows", torch::autograd::autogradNotImplementedFallback());
-  for (const char* op : {"adam_step_", "sam_ascend_", "sam_step_", "sgd_step_"}) {
+  for (const char* op : kSteps) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&step_autograd>());
   }
   // Second derivatives are an error when asked for, not silently zero.
@@ -514,6 +537,12 @@ TORCH_LIBRARY_IMPL(ntkcl, Autograd, m) {
         "parallel_adapter_backward", "projection_energy_backward", "residual_layer_norm_backward",
         "section_cosine_backward", "signed_projection_backward", "token_mix_prompts_backward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
+}
+
+TORCH_LIBRARY_IMPL(ntkcl, ADInplaceOrView, m) {
+  for (const char* op : kSteps) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&step_in_place>());
   }
 }
 

@@ -1,5 +1,7 @@
 #include "ntkcl/ops/checks.h"
 
+#include <cmath>
+
 namespace ntkcl::ops {
 
 void check_floating(const char* op, std::string_view name, const at::Tensor& tensor) {
@@ -26,6 +28,15 @@ void check_shape(const char* op, std::string_view name, const at::Tensor& tensor
                  c10::SymIntArrayRef expected) {
   NTKCL_OP_CHECK(tensor.sym_sizes() == expected, op, "expected ", name, " of shape ", expected,
                  ", got ", tensor.sym_sizes());
+}
+
+void check_not_negative(const char* op, const char* name, double value) {
+  NTKCL_OP_CHECK(value >= 0 && std::isfinite(value), op, "expected a finite ", name, " >= 0, got ",
+                 value);
+}
+
+void check_fraction(const char* op, const char* name, double value) {
+  NTKCL_OP_CHECK(value >= 0 && value < 1, op, "expected 0 <= ", name, " < 1, got ", value);
 }
 
 void check_dropout_probability(const char* op, double p) {

@@ -29,6 +29,10 @@ void check_same_shape(const char* op, std::string_view name, const at::Tensor& t
 void check_shape(const char* op, std::string_view name, const at::Tensor& tensor,
                  c10::SymIntArrayRef expected);
 
+// ValueError unless value >= 0 and finite; unless 0 <= value < 1.
+void check_not_negative(const char* op, const char* name, double value);
+void check_fraction(const char* op, const char* name, double value);
+
 // ValueError unless 0 <= p < 1.
 void check_dropout_probability(const char* op, double p);
 

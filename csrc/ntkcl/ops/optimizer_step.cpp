@@ -32,9 +32,11 @@ void check_anchors(const char* op, const Anchors& anchors, at::TensorList parame
   }
 }
 
-void check_lists(const char* op, const StepLists& lists) {
+void check_lists(const char* op, const StepLists& lists, double anchor_weight) {
   check_beside(op, "gradients", lists.gradients, lists.parameters);
   check_anchors(op, lists.anchors, lists.parameters);
+  NTKCL_OP_CHECK(anchor_weight == 0 || !lists.anchors.empty(), op,
+                 "expected anchors for an anchor_weight of ", anchor_weight, ", got none");
   if (!lists.averages.empty()) {
     check_beside(op, "averages", lists.averages, lists.parameters, /*dense=*/true);
   }
@@ -50,7 +52,7 @@ void check_sgd_step(const StepLists& lists, const kernels::SgdOptions& options) 
   if (options.momentum != 0 || !lists.first.empty()) {
     check_beside(op, "momenta", lists.first, lists.parameters, /*dense=*/true);
   }
-  check_lists(op, lists);
+  check_lists(op, lists, options.step.anchor_weight);
 }
 
 void check_adam_step(const StepLists& lists, const at::Tensor& steps,
@@ -63,7 +65,7 @@ void check_adam_step(const StepLists& lists, const at::Tensor& steps,
   check_parameters(op, lists.parameters);
   check_beside(op, "means", lists.first, lists.parameters, /*dense=*/true);
   check_beside(op, "squares", lists.second, lists.parameters, /*dense=*/true);
-  check_lists(op, lists);
+  check_lists(op, lists, options.step.anchor_weight);
   NTKCL_OP_CHECK_TYPE(steps.scalar_type() == at::kFloat, op, "expected steps of float32, got ",
                       steps.scalar_type());
   NTKCL_OP_CHECK(steps.sym_numel() == 1, op, "expected steps with one element, got shape ",
@@ -71,6 +73,10 @@ void check_adam_step(const StepLists& lists, const at::Tensor& steps,
   NTKCL_OP_CHECK(steps.device() == lists.parameters[0].device(), op,
                  "expected steps on the parameters' device ", lists.parameters[0].device(),
                  ", got ", steps.device());
+}
+
+void check_step_apart(const char* op, const StepLists& lists) {
+  check_apart(op, {lists.parameters, lists.first, lists.second, lists.averages});
 }
 
 template <class T>
@@ -120,6 +126,7 @@ at::Tensor sgd_step_cpu(at::TensorList parameters, at::TensorList gradients, at:
   const StepLists lists{parameters, gradients, momenta, {}, anchors, averages};
   const kernels::SgdOptions options{{lr, weight_decay, anchor_weight, average_decay}, momentum};
   detail::check_sgd_step(lists, options);
+  detail::check_step_apart("sgd_step_", lists);
   return with_parameter_type(parameters[0], [&](auto element) {
     using T = decltype(element);
     return sweep<T>(lists, kernels::SgdStep<T>(options));
@@ -135,6 +142,7 @@ at::Tensor adam_step_cpu(at::TensorList parameters, at::TensorList gradients, at
   const kernels::AdamOptions options{
       {lr, weight_decay, anchor_weight, average_decay}, beta1, beta2, eps, decoupled};
   detail::check_adam_step(lists, steps, options);
+  detail::check_step_apart("adam_step_", lists);
   const double count = steps.item<float>();
   NTKCL_OP_CHECK(count >= 1, "adam_step_", "expected steps >= 1, got ", count);
   return with_parameter_type(parameters[0], [&](auto element) {

@@ -30,13 +30,14 @@ using Anchors = c10::List<std::optional<at::Tensor>>;
 //   gradients      beside parameters: as many, of their shapes, types and devices
 //   momenta        beside parameters, contiguous, or empty where momentum is 0; changed
 //   means, squares beside parameters, contiguous; changed
-//   steps          one float32 on their device: how many steps there have been with this one
-//   anchors        beside parameters, or empty
+//   steps          one float32 on their device: how many steps there have been with this one, at
+//                  least 1 (which is not checked on a GPU, where it is not read back)
+//   anchors        beside parameters, or empty if anchor_weight is 0
 //   averages       beside parameters, contiguous, or empty; changed
 //   -> the sum of |theta - anchor|^2 before the step, a scalar of their type
 // Without anchors and averages the steps are torch.optim's SGD, Adam and AdamW, up to rounding. No
-// gradients are recorded. Errors: ValueError (shapes, devices, layouts, ranges), TypeError (element
-// types); nothing is changed then.
+// gradients are recorded. No two tensors that are changed may overlap. Errors: ValueError (shapes,
+// devices, layouts, ranges), TypeError (element types); nothing is changed then.
 at::Tensor sgd_step_(at::TensorList parameters, at::TensorList gradients, at::TensorList momenta,
                      const Anchors& anchors, at::TensorList averages, double lr, double momentum,
                      double weight_decay, double anchor_weight, double average_decay);
@@ -58,6 +59,9 @@ struct StepLists {
 void check_sgd_step(const StepLists& lists, const kernels::SgdOptions& options);
 void check_adam_step(const StepLists& lists, const at::Tensor& steps,
                      const kernels::AdamOptions& options);
+
+// Not for Meta.
+void check_step_apart(const char* op, const StepLists& lists);
 
 // The kernels' arguments, and the copies that some of them point to.
 template <class T>

@@ -34,6 +34,7 @@ at::Tensor sgd_step_cuda(at::TensorList parameters, at::TensorList gradients,
   const StepLists lists{parameters, gradients, momenta, {}, anchors, averages};
   const kernels::SgdOptions options{{lr, weight_decay, anchor_weight, average_decay}, momentum};
   detail::check_sgd_step(lists, options);
+  detail::check_step_apart("sgd_step_", lists);
   return with_parameter_type(parameters[0], [&](auto element) {
     return sweep<decltype(element)>(
         lists, [&](const auto* tensors, int64_t count, double* distances, int64_t blocks,
@@ -52,6 +53,7 @@ at::Tensor adam_step_cuda(at::TensorList parameters, at::TensorList gradients, a
   const kernels::AdamOptions options{
       {lr, weight_decay, anchor_weight, average_decay}, beta1, beta2, eps, decoupled};
   detail::check_adam_step(lists, steps, options);
+  detail::check_step_apart("adam_step_", lists);
   return with_parameter_type(parameters[0], [&](auto element) {
     return sweep<decltype(element)>(
         lists, [&](const auto* tensors, int64_t count, double* distances, int64_t blocks,

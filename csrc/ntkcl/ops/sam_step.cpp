@@ -88,7 +88,7 @@ SamTensors<T>::SamTensors(const SamLists& lists, const SamOptions* options)
                                  .size = lists.parameters[i].numel(),
                                  .rows = rows[i],
                                  .first_row = first_row};
-    if (!first_gradients.empty()) {
+    if (!first_gradients.empty() && (!options || options->tau)) {
       tensor.first_gradient = elements<T>(first_gradients[i]);
     }
     if (options) {
@@ -131,6 +131,7 @@ void sam_ascend_cpu(at::TensorList parameters, at::TensorList saved, at::TensorL
                     double rho) {
   const SamLists lists{.parameters = parameters, .saved = saved, .first_gradients = gradients};
   detail::check_sam_ascend(lists, rho);
+  check_apart("sam_ascend_", {parameters, saved});
   with_parameter_type(parameters[0], [&](auto element) { ascend<decltype(element)>(lists, rho); });
 }
 
@@ -176,6 +177,7 @@ at::Tensor sam_step_cpu(at::TensorList parameters, at::TensorList momenta, at::T
   const SamLists lists{parameters, momenta, saved, first_gradients, gradients};
   const SamOptions options{lr, weight_decay, stacked_dims, momentum, tau, together};
   detail::check_sam_step(lists, options);
+  check_apart("sam_step_", {parameters, momenta});
   return with_parameter_type(parameters[0],
                              [&](auto element) { return step<decltype(element)>(lists, options); });
 }

@@ -18,7 +18,7 @@ namespace ntkcl::ops {
 //
 // gamma is 1 (SAM, without tau) or clamp(tau (1 - exp(cos(v, g) - 1)), 0, 1) (SAM+; the cosine 0
 // where v or g is): of every tensor, or by one cosine over all of them (together). The step up the
-// slope is kept nowhere, and theta comes back to the bit.
+// slope, which for rho > 0 has g's angles, is kept nowhere, and theta comes back to the bit.
 //
 //   parameters        float32 or float64, contiguous, all of one type and device; changed
 //   saved             beside parameters: as many, of their shapes, types and devices; contiguous;
@@ -30,8 +30,9 @@ namespace ntkcl::ops {
 //                     a number for each parameter; the last: leading dimensions over which it is a
 //                     stack of tensors, its rows, that SAM+ tells apart
 //   -> gamma of every row of every parameter, (rows) of their type
-// No gradients are recorded, and nothing is read back to the host. Errors: ValueError (shapes,
-// devices, layouts, ranges), TypeError (element types); nothing is changed then.
+// No two tensors that are changed may overlap. No gradients are recorded, and nothing is read back
+// to the host. Errors: ValueError (shapes, devices, layouts, ranges), TypeError (element types);
+// nothing is changed then.
 //
 // Note: RAA's text means to damp steps towards rising loss, but takes the cosine with +v where the
 // step is -v, so what is damped is descent exactly against the ascent direction. As published.

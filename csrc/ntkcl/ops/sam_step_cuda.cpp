@@ -35,6 +35,7 @@ void sam_ascend_cuda(at::TensorList parameters, at::TensorList saved, at::Tensor
                      double rho) {
   const SamLists lists{.parameters = parameters, .saved = saved, .first_gradients = gradients};
   detail::check_sam_ascend(lists, rho);
+  check_apart("sam_ascend_", {parameters, saved});
   const c10::cuda::CUDAGuard guard(parameters[0].device());
   with_parameter_type(parameters[0], [&](auto element) { ascend<decltype(element)>(lists, rho); });
 }
@@ -50,10 +51,12 @@ at::Tensor step(const SamLists& lists, const SamOptions& options) {
   const auto doubles = lists.parameters[0].options().dtype(at::kDouble).requires_grad(false);
 
   // (row, block, <v, g> and the squares)
-  const at::Tensor sums = at::empty({all_rows, blocks, 3}, doubles);
-  C10_CUDA_CHECK(kernels::sam_momentum_cuda(
-      arguments.tensors.data(), count, static_cast<T>(options.momentum),
-      static_cast<kernels::Alignment*>(sums.mutable_data_ptr()), blocks, stream));
+  const at::Tensor sums = at::empty({options.tau ? all_rows : 0, blocks, 3}, doubles);
+  auto* alignments =
+      options.tau ? static_cast<kernels::Alignment*>(sums.mutable_data_ptr()) : nullptr;
+  C10_CUDA_CHECK(kernels::sam_momentum_cuda(arguments.tensors.data(), count,
+                                            static_cast<T>(options.momentum), alignments, blocks,
+                                            stream));
   const at::Tensor gammas =
       (options.tau ? detail::gammas_of(sums.sum(1), *options.tau, options.together)
                    : at::ones({all_rows}, doubles))
@@ -71,6 +74,7 @@ at::Tensor sam_step_cuda(at::TensorList parameters, at::TensorList momenta, at::
   const SamLists lists{parameters, momenta, saved, first_gradients, gradients};
   const SamOptions options{lr, weight_decay, stacked_dims, momentum, tau, together};
   detail::check_sam_step(lists, options);
+  check_apart("sam_step_", {parameters, momenta});
   const c10::cuda::CUDAGuard guard(parameters[0].device());
   return with_parameter_type(parameters[0],
                              [&](auto element) { return step<decltype(element)>(lists, options); });

@@ -7,7 +7,8 @@
 //                         with an underscore and which have no backward.
 //   2. kernels/op.h       Plain structs of arguments (pointers, sizes). op_cpu.{h,cpp}: loops over
 //                         a range, NTKCL_MULTIVERSION. op_cuda.h, op.cu: launch functions that
-//                         return cudaGetLastError(). No torch header, no allocation.
+//                         return what launch() does. No torch header, no allocation. A case in
+//                         tests/cpp/cuda_on_host.
 //   3. ops/op.h           The C++ function, which goes through the dispatcher. Its comment is the
 //                         definition: shapes, types, gradient, errors, source.
 //   4. ops/op.cpp         Argument checks (by sym_sizes, as Meta calls them too), Meta, CPU
@@ -22,7 +23,8 @@
 //   8. python/ntkcl/ops.py, a sample in tests/python/test_ops.py, a case in benchmarks/ops.py;
 //      python/ntkcl/portable.py, if models score with it.
 //
-// Types: float32, float64, bfloat16 (computed with as float32). Non-contiguous inputs are copied.
+// Types: float32, float64, bfloat16 (computed with as float32; not in steps of optimisers).
+// Non-contiguous inputs are copied, but what is changed.
 // Random numbers: a key tensor, never a generator, so that all devices draw the same.
 TORCH_LIBRARY(ntkcl, m) {
   m.def(

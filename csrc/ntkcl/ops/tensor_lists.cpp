@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "ntkcl/ops/checks.h"
 
@@ -57,12 +58,21 @@ void check_beside(const char* op, const char* name, at::TensorList list, at::Ten
   }
 }
 
-void check_not_negative(const char* op, const char* name, double value) {
-  NTKCL_OP_CHECK(value >= 0, op, "expected ", name, " >= 0, got ", value);
-}
-
-void check_fraction(const char* op, const char* name, double value) {
-  NTKCL_OP_CHECK(value >= 0 && value < 1, op, "expected 0 <= ", name, " < 1, got ", value);
+void check_apart(const char* op, std::initializer_list<at::TensorList> changed) {
+  std::vector<std::pair<const char*, const char*>> places;
+  for (const at::TensorList list : changed) {
+    for (const at::Tensor& tensor : list) {
+      if (tensor.numel() > 0) {
+        const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+        places.emplace_back(begin, begin + tensor.nbytes());
+      }
+    }
+  }
+  std::sort(places.begin(), places.end());
+  for (size_t i = 1; i < places.size(); ++i) {
+    NTKCL_OP_CHECK(places[i - 1].second <= places[i].first, op,
+                   "expected to change tensors that share no memory, got two that do");
+  }
 }
 
 std::vector<at::Tensor> contiguous(at::TensorList list) {

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <initializer_list>
 #include <vector>
 
 // Lists of parameters and what belongs to them, for operators that sweep over all of them.
@@ -21,9 +22,8 @@ void check_item(const char* op, const char* list, size_t index, const at::Tensor
 void check_beside(const char* op, const char* name, at::TensorList list, at::TensorList parameters,
                   bool dense = false);
 
-// ValueError unless value >= 0; and unless value < 1.
-void check_not_negative(const char* op, const char* name, double value);
-void check_fraction(const char* op, const char* name, double value);
+// ValueError if two of the tensors that an operator changes share memory. Not for Meta.
+void check_apart(const char* op, std::initializer_list<at::TensorList> changed);
 
 // Calls function(T{}) with T = float or double, the type of parameters that passed their check.
 template <class Function>

@@ -10,7 +10,7 @@
 
 #include "ntkcl/core/options.h"
 
-// Optimisers of the PEFT parameters: one multi-tensor call per group and step.
+// Optimisers of the PEFT parameters: sweeps over all of a group, SAM's over all groups together.
 //
 // Note: the optimiser asks for the gradients instead of being handed them, because sharpness-aware
 // kinds need them twice a step, the second time at perturbed parameters. Everything that belongs
@@ -106,8 +106,8 @@ class Optimizer {
 };
 
 // The optimiser `options.kind`, learning rate 0 until one is set. SGD, Adam and AdamW are
-// torch.optim's, up to rounding; their bits and those of SAM and SAM+ (kinds.h) depend neither on
-// the number of threads nor on the processor's vectors, as torch's do.
+// torch.optim's, up to rounding. On the CPU no bits depend on the number of threads. SAM and SAM+:
+// kinds.h.
 std::unique_ptr<Optimizer> make_optimizer(const OptimizerOptions& options,
                                           std::vector<ParameterGroup> groups);
 

@@ -37,14 +37,26 @@ class Sam : public Optimizer {
       gradients(1);
       return;
     }
-    const std::vector<at::Tensor> first = flat(compute_gradients(gradients, 0));
-    ops::sam_ascend_(parameters_, saved_, first, options_.rho);
-    descend(first, gradients_up_the_slope(gradients));
+    ops::sam_ascend_(parameters_, saved_, first_gradients(gradients), options_.rho);
+    descend(gradients_up_the_slope(gradients));
   }
 
   void visit_state(const StateFn& visitor) override { visit_lists("momentum", momentum_, visitor); }
 
  private:
+  // Kept where steps are damped by them: the second pass may use their memory again.
+  std::vector<at::Tensor> first_gradients(const GradientFn& gradients) {
+    std::vector<at::Tensor> first = flat(compute_gradients(gradients, 0));
+    first_.clear();
+    if (options_.kind == "sam+") {
+      for (const at::Tensor& gradient : first) {
+        // A step of length 0 has no direction: its cosine is 0.
+        first_.push_back(options_.rho > 0 ? gradient.clone() : at::zeros_like(gradient));
+      }
+    }
+    return first;
+  }
+
   // Parameters are back, to the bit, if the gradient function fails.
   std::vector<at::Tensor> gradients_up_the_slope(const GradientFn& gradients) {
     try {
@@ -56,7 +68,7 @@ class Sam : public Optimizer {
     }
   }
 
-  void descend(const std::vector<at::Tensor>& first, const std::vector<at::Tensor>& gradients) {
+  void descend(const std::vector<at::Tensor>& gradients) {
     std::vector<double> rates, decays;
     std::vector<int64_t> stacked_dims;
     for (size_t g = 0; g < groups().size(); ++g) {
@@ -65,17 +77,16 @@ class Sam : public Optimizer {
       decays.insert(decays.end(), count, decay_of(g, options_.weight_decay));
       stacked_dims.insert(stacked_dims.end(), count, groups()[g].stacked_dims);
     }
-    // There is no angle to a step of length 0.
-    const bool damps = options_.kind == "sam+" && options_.rho > 0;
-    ops::sam_step_(parameters_, flat(momentum_), saved_, first, gradients, rates, decays,
+    ops::sam_step_(parameters_, flat(momentum_), saved_, first_, gradients, rates, decays,
                    stacked_dims, options_.momentum,
-                   damps ? std::optional<double>(options_.tau) : std::nullopt,
+                   options_.kind == "sam+" ? std::optional<double>(options_.tau) : std::nullopt,
                    /*together=*/options_.gamma == "global");
   }
 
   OptimizerOptions options_;
   std::vector<at::Tensor> parameters_;  // of all groups
   std::vector<at::Tensor> saved_;       // what they are before the step up the slope
+  std::vector<at::Tensor> first_;       // SAM+'s first gradients
   TensorLists momentum_;
 };
 
