@@ -7,8 +7,8 @@ from torch's generators: equal keys give equal draws on every device, for any nu
 
 Second derivatives are not implemented and raise an error. The names of steps of optimisers end with
 an underscore: they change their arguments, no two of which may share memory, take float32 and
-float64, and record no gradients. Their numbers are constants of a graph of ``torch.compile``: where
-the learning rate changes, compile the passes and not the step.
+float64, and record no gradients. ``torch.compile`` takes them under ``torch.no_grad``, with their
+numbers as constants: where the learning rate changes, compile the passes and not the step.
 """
 
 from collections.abc import Sequence

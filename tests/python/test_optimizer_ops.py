@@ -445,6 +445,8 @@ def test_a_graph_that_needs_the_parameters_says_so() -> None:
         loss.backward()
     with pytest.raises(ValueError, match="leaves of the autograd graph"):
         sgd_step_([weight * 2], [torch.ones(3)], lr=0.1)
+    with torch.no_grad():
+        sgd_step_([weight * 2], [torch.ones(3)], lr=0.1)
 
 
 def test_changes_are_seen_from_within_inference_mode() -> None:
@@ -482,10 +484,13 @@ def test_tensors_that_share_memory_are_refused() -> None:
 def test_infinite_parameters_stay_where_nothing_decays() -> None:
     for kind in KINDS:
         lists = {"parameters": [torch.tensor([math.inf, 1.0])]}
-        for name in ("gradients", *kind.lists):
+        for name in ("gradients", "anchors", *kind.lists):
             lists[name] = [torch.zeros(2)]
         kind.call(lists, lr=0.1)
         assert lists["parameters"][0].tolist() == [math.inf, 1.0]
+    p, zeros = torch.tensor([math.inf, 1.0]), torch.zeros(2)
+    sam_step_([p], [zeros.clone()], [p.clone()], [], [zeros], lr=0.1, tau=None)
+    assert p.tolist() == [math.inf, 1.0]
 
 
 def test_cuda_steps_of_sgd_have_the_cpus_bits(cuda: torch.device) -> None:

@@ -198,3 +198,12 @@ def test_a_step_of_no_length_has_no_direction() -> None:
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         wanted = b - 0.2 * (1 - math.exp(-1)) * b.grad
         torch.testing.assert_close(a, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_that_is_refused_leaves_the_parameters() -> None:
+    network = model()
+    before = [p.detach().clone() for p in network.parameters()]
+    optimizer = SAM(network.parameters(), lr=math.inf, rho=0.5)
+    with pytest.raises(ValueError, match="expected a finite lr"):
+        optimizer.step(closure_of(network))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), before, strict=True))

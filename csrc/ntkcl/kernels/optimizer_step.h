@@ -86,8 +86,8 @@ struct AdamStep {
 template <class T>
 NTKCL_HOST_DEVICE NTKCL_INLINE T regularized(const StepRegularizer<T>& r, T gradient, T parameter,
                                              T moved) {
-  // Without a decay, parameters may be infinite.
-  const T pulled = std::fma(moved, r.pull, gradient);
+  // Without a pull or a decay, parameters may be infinite.
+  const T pulled = r.pull == T{0} ? gradient : std::fma(moved, r.pull, gradient);
   return r.decay == T{0} ? pulled : std::fma(parameter, r.decay, pulled);
 }
 

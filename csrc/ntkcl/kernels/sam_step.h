@@ -39,7 +39,8 @@ struct Alignment {
 template <class T>
 NTKCL_HOST_DEVICE NTKCL_INLINE T moved_momentum(T momentum, T factor, T saved, T decay,
                                                 T gradient) {
-  return std::fma(momentum, factor, std::fma(saved, decay, gradient));
+  // Without a decay, parameters may be infinite.
+  return std::fma(momentum, factor, decay == T{0} ? gradient : std::fma(saved, decay, gradient));
 }
 
 }  // namespace ntkcl::kernels

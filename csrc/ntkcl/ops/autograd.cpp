@@ -484,8 +484,8 @@ std::string name_of(const c10::OperatorHandle& op) {
 // Steps of optimisers record no gradients.
 void step_autograd(const c10::OperatorHandle& op, c10::Stack* stack) {
   for (const at::Tensor& tensor : changed_by(op, *stack)) {
-    NTKCL_OP_CHECK(!(at::GradMode::is_enabled() && tensor.grad_fn()), name_of(op),
-                   "expected to change leaves of the autograd graph, got what ",
+    NTKCL_OP_CHECK(!(at::GradMode::is_enabled() && tensor.requires_grad() && tensor.grad_fn()),
+                   name_of(op), "expected to change leaves of the autograd graph, got what ",
                    tensor.grad_fn()->name(), " made");
   }
   const at::AutoDispatchBelowAutograd guard;

@@ -63,7 +63,7 @@ void check_apart(const char* op, std::initializer_list<at::TensorList> changed) 
   for (const at::TensorList list : changed) {
     for (const at::Tensor& tensor : list) {
       if (tensor.numel() > 0) {
-        const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+        const auto* begin = static_cast<const char*>(tensor.mutable_data_ptr());
         places.emplace_back(begin, begin + tensor.nbytes());
       }
     }

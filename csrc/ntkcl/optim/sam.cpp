@@ -38,7 +38,14 @@ class Sam : public Optimizer {
       return;
     }
     ops::sam_ascend_(parameters_, saved_, first_gradients(gradients), options_.rho);
-    descend(gradients_up_the_slope(gradients));
+    try {
+      descend(flat(compute_gradients(gradients, 1)));
+    } catch (...) {  // back, to the bit
+      const c10::NoGradGuard no_grad;
+      at::_foreach_copy_(parameters_, saved_);
+      throw;
+    }
+    first_.clear();
   }
 
   void visit_state(const StateFn& visitor) override { visit_lists("momentum", momentum_, visitor); }
@@ -55,17 +62,6 @@ class Sam : public Optimizer {
       }
     }
     return first;
-  }
-
-  // Parameters are back, to the bit, if the gradient function fails.
-  std::vector<at::Tensor> gradients_up_the_slope(const GradientFn& gradients) {
-    try {
-      return flat(compute_gradients(gradients, 1));
-    } catch (...) {
-      const c10::NoGradGuard no_grad;
-      at::_foreach_copy_(parameters_, saved_);
-      throw;
-    }
   }
 
   void descend(const std::vector<at::Tensor>& gradients) {
@@ -86,7 +82,7 @@ class Sam : public Optimizer {
   OptimizerOptions options_;
   std::vector<at::Tensor> parameters_;  // of all groups
   std::vector<at::Tensor> saved_;       // what they are before the step up the slope
-  std::vector<at::Tensor> first_;       // SAM+'s first gradients
+  std::vector<at::Tensor> first_;       // SAM+'s first gradients, within a step
   TensorLists momentum_;
 };
 

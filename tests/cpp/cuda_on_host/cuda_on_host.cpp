@@ -1,11 +1,16 @@
+#undef _FORTIFY_SOURCE  // its longjmp stays on one stack
+
 #include "cuda_on_host.h"
 
+#include <link.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace cuda_on_host {
@@ -27,6 +32,20 @@ struct Fiber {
   Index index;
 };
 
+// Fills the shared memory of all kernels with 0xFF: thread-local variables of the program are
+// nothing else.
+void poison_shared_memory() {
+  const auto poison = [](dl_phdr_info* program, size_t, void*) {
+    for (int i = 0; i < program->dlpi_phnum; ++i) {
+      if (program->dlpi_phdr[i].p_type == PT_TLS && program->dlpi_tls_data) {
+        std::memset(program->dlpi_tls_data, 0xFF, program->dlpi_phdr[i].p_memsz);
+      }
+    }
+    return 1;  // the first is the program itself
+  };
+  dl_iterate_phdr(poison, nullptr);
+}
+
 // Used by one launch after another. They begin by a context, and go on by long jumps, which make no
 // system call.
 std::vector<std::unique_ptr<Fiber>> pool;
@@ -46,10 +65,17 @@ class Block {
   }
 
   void run() {
+    poison_shared_memory();
     std::for_each(begin(), end(), [](const auto& fiber) { fiber->state = State::kReady; });
     while (any(State::kReady)) {
-      run_ready();
-      release();
+      const size_t warps = (size_ + kWarp - 1) / kWarp;
+      for (size_t i = 0; i < warps; ++i) {
+        run_warp(kWarp * turn(i, warps));
+      }
+      release(0, size_, State::kAtBlock);
+    }
+    if (!wrong_.empty()) {
+      throw std::logic_error(wrong_);
     }
     if (any(State::kAtWarp) || any(State::kAtBlock)) {
       pool.clear();  // they stand in the middle of the kernel
@@ -68,10 +94,15 @@ class Block {
   // A lane gives to the next exchange only when all have come there, and have read what this one
   // gave.
   uint64_t exchange(uint64_t value, int mask) {
-    const size_t self = current_, turn = pool[self]->exchanges++ % 2;
-    pool[self]->given[turn] = value;
+    const size_t self = current_, place = pool[self]->exchanges++ % 2;
+    pool[self]->given[place] = value;
     wait(State::kAtWarp);
-    return pool.at(self ^ static_cast<size_t>(mask))->given[turn];
+    const size_t other = self ^ static_cast<size_t>(mask);
+    if (other / kWarp != self / kWarp || other >= size_) {
+      wrong_ = "a shuffle from a lane that the warp does not have";
+      return value;
+    }
+    return pool[other]->given[place];
   }
 
  private:
@@ -93,23 +124,27 @@ class Block {
     setcontext(&fiber.start);
   }
 
-  void run_ready() {
-    for (size_t i = 0; i < size_; ++i) {
-      current_ = order == Order::kAscending ? i : size_ - 1 - i;
-      if (pool[current_]->state == State::kReady) {
-        go_on(*pool[current_]);
+  static size_t turn(size_t i, size_t count) {
+    return order == Order::kAscending ? i : count - 1 - i;
+  }
+
+  // A warp goes as far as it can before another one does anything.
+  void run_warp(size_t first) {
+    const size_t lanes = std::min(size_t{kWarp}, size_ - first);
+    const auto is_ready = [](const auto& fiber) { return fiber->state == State::kReady; };
+    const auto warp = begin() + static_cast<std::ptrdiff_t>(first);
+    while (std::any_of(warp, warp + static_cast<std::ptrdiff_t>(lanes), is_ready)) {
+      for (size_t i = 0; i < lanes; ++i) {
+        current_ = first + turn(i, lanes);
+        if (is_ready(pool[current_])) {
+          go_on(*pool[current_]);
+        }
       }
+      release(first, first + lanes, State::kAtWarp);
     }
   }
 
   // Lets those go on who have all arrived.
-  void release() {
-    for (size_t first = 0; first < size_; first += kWarp) {
-      release(first, std::min(first + kWarp, size_), State::kAtWarp);
-    }
-    release(0, size_, State::kAtBlock);
-  }
-
   void release(size_t first, size_t last, State waiting) {
     const auto begin = this->begin() + static_cast<std::ptrdiff_t>(first),
                end = this->begin() + static_cast<std::ptrdiff_t>(last);
@@ -128,6 +163,7 @@ class Block {
 
   const std::function<void()>& thread_;
   size_t size_;
+  std::string wrong_;
   jmp_buf scheduler_{};
   size_t current_ = 0;
 };

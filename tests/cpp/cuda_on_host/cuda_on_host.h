@@ -7,9 +7,11 @@
 #include <functional>
 
 // What .cu files need to be compiled as C++ and run on the host: the threads of a block are fibers
-// that take turns at __syncthreads() and at shuffles. Slow, but every access is seen by the
-// sanitizers, and no GPU is needed. What it cannot show is what only hardware has: launch limits,
-// memory of other address spaces, races between blocks, the device's own functions.
+// that take turns at __syncthreads() and at shuffles. No GPU is needed, and the sanitizers see every
+// access to global memory. A thread that ends while others wait is an error, which newer GPUs
+// forgive. What cannot be shown is what only hardware has: launch limits, races between blocks, the
+// device's own functions; and what no kernel here does: threads that wait at different barriers,
+// exceptions.
 #undef __global__
 #undef __device__
 #undef __host__
@@ -18,7 +20,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
+#define __shared__ static thread_local  // of the one thread that runs all fibers
 #define __launch_bounds__(...)
 
 namespace cuda_on_host {
@@ -27,13 +29,14 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
-// In which order the threads of a block run between two barriers: with a barrier missing, results
-// differ.
+// In which order the warps of a block run between two barriers, and lanes between two shuffles.
+// Shared memory holds 0xFF when a block begins. Where a barrier is missing, one of the orders reads
+// what is not there yet, or no longer.
 enum class Order { kAscending, kDescending };
 inline Order order = Order::kAscending;
 
 // Runs `thread` for all threads of all blocks. std::logic_error where some threads of a block, or
-// of a warp, wait for others that have ended.
+// of a warp, wait for others that have ended, or for a value from outside of the warp.
 void run(dim3 grid, dim3 block, const std::function<void()>& thread);
 
 void block_barrier();

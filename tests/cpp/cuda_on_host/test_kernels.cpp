@@ -103,11 +103,11 @@ void check_started(cudaError_t error) {
   REQUIRE(error == cudaSuccess);
 }
 
-__global__ void race_kernel(int from, int* out) {
+__global__ void race_kernel(int* out) {
   __shared__ int values[64];
   const int self = static_cast<int>(threadIdx.x);
-  values[self] = from + self;
-  out[self] = values[(self + 1) % 64] - from;  // a barrier is missing
+  values[self] = self;
+  out[self] = values[(self + 1) % 64];  // a barrier is missing
   __syncthreads();
 }
 
@@ -117,6 +117,10 @@ __global__ void half_barrier_kernel() {
   }
 }
 
+__global__ void far_shuffle_kernel() {
+  warp_sum(1.0);  // there are 8 lanes
+}
+
 __global__ void sum_kernel(double* out) {
   out[threadIdx.y] = warp_sum(static_cast<double>(threadIdx.x + 100 * threadIdx.y));
 }
@@ -124,16 +128,24 @@ __global__ void sum_kernel(double* out) {
 }  // namespace
 
 TEST_CASE("kernels on the host: what is wrong on a GPU is seen", "[cuda]") {
-  const auto race = [](cuda_on_host::Order order, int from) {
+  const auto race = [](cuda_on_host::Order order) {
     cuda_on_host::order = order;
     std::vector<int> out(64);
-    check_started(launch(race_kernel, 1, 64, nullptr, from, out.data()));
+    check_started(launch(race_kernel, 1, 64, nullptr, out.data()));
     cuda_on_host::order = cuda_on_host::Order::kAscending;
     return out;
   };
-  CHECK(race(cuda_on_host::Order::kAscending, 100) != race(cuda_on_host::Order::kDescending, 500));
+  std::vector<int> nothing_yet(64, -1), all_but_one(64);
+  nothing_yet[63] = 0;
+  std::iota(all_but_one.begin(), all_but_one.end(), 1);
+  all_but_one[63] = -1;
+  CHECK(race(cuda_on_host::Order::kAscending) == nothing_yet);
+  CHECK(race(cuda_on_host::Order::kDescending) == all_but_one);
+
   CHECK(message_of<std::logic_error>([] { launch(half_barrier_kernel, 1, 64, nullptr); }) ==
         "threads of a block wait for others that have ended");
+  CHECK(message_of<std::logic_error>([] { launch(far_shuffle_kernel, 1, 8, nullptr); }) ==
+        "a shuffle from a lane that the warp does not have");
   std::vector<double> sums(2);
   check_started(launch(sum_kernel, 1, dim3(kWarp, 2), nullptr, sums.data()));
   CHECK(sums == std::vector<double>{496, 496 + 3200});
@@ -555,25 +567,73 @@ TEMPLATE_TEST_CASE("CUDA's steps of optimisers on the host have the CPU's bits",
   }
 }
 
-TEMPLATE_TEST_CASE("CUDA's steps of SAM on the host have the CPU's bits", "[cuda]", float, double) {
-  using T = TestType;
-  struct State {
-    std::vector<Memory<T>> parameters = tensors<T>(0), saved = tensors<T>(100),
-                           momenta = tensors<T>(200);
-    std::vector<double> sums;  // of gradients, then of alignments
-    bool operator==(const State& o) const {
-      return parameters == o.parameters && saved == o.saved && momenta == o.momenta;
-    }
-  };
-  auto first = tensors<T>(300), second = tensors<T>(400);
+// Larger than the largest grid takes at once: every thread goes round its loop again.
+TEST_CASE("CUDA's loops over more than a grid", "[cuda]") {
+  const int64_t n = int64_t{8192} * 256 * 4 + 4 * 300;
+  auto x = numbers<float>(n, 1), bias = numbers<float>(12, 2);
+  Memory<float> expected(n), got(n);
+  gelu_cpu<float>({x.data(), expected.data(), n}, 0, n);
+  check_started(gelu_cuda<float>({x.data(), got.data(), n}, nullptr));
+  check_near(got, expected);
+
+  const int64_t key = 9;
+  BiasReluDropout<float> args{.x = x.data(),
+                              .bias = bias.data(),
+                              .y = expected.data(),
+                              .rows = n / 12,
+                              .width = 12,
+                              .dropout = Dropout::kKey,
+                              .scale = 2,
+                              .key = key,
+                              .threshold = keep_threshold(0.5)};
+  bias_relu_dropout_cpu(args, 0, (n + kKeepBlock - 1) / kKeepBlock);
+  args.y = got.data();
+  check_started(bias_relu_dropout_cuda(args, nullptr));
+  check_near(got, expected);
+
+  std::vector<uint8_t> kept(static_cast<size_t>(n)), block(kKeepBlock);
+  check_started(philox_keep_mask_cuda(&key, args.threshold, n, kept.data(), nullptr));
+  for (const int64_t last : {n / kKeepBlock - 1, n / kKeepBlock - 2}) {
+    philox_keep_block(static_cast<uint64_t>(key), args.threshold, last, block.data());
+    CHECK(std::equal(block.begin(), block.end(), kept.begin() + last * kKeepBlock));
+  }
+}
+
+namespace {
+
+// `many`: one tensor of more rows than a grid has, else those of tensors().
+template <class T>
+std::vector<Memory<T>> stacks(unsigned seed, bool many) {
+  return many ? std::vector{numbers<T>(2 * 1500, seed)} : tensors<T>(seed);
+}
+
+int64_t rows_of(int64_t i, int64_t size, bool many) {
+  return many ? 1500 : i == 9 ? 7 : i % 5 == 1 && size % 2 == 0 ? 2 : 1;
+}
+
+template <class T>
+struct SamState {
+  explicit SamState(bool many)
+      : parameters(stacks<T>(0, many)),
+        saved(stacks<T>(100, many)),
+        momenta(stacks<T>(200, many)) {}
+  bool operator==(const SamState& other) const = default;
+
+  std::vector<Memory<T>> parameters, saved, momenta;
+  std::vector<double> sums;  // of gradients, then of alignments
+};
+
+template <class T>
+void sam_steps(bool many) {
+  CAPTURE(many);
+  auto first = stacks<T>(300, many), second = stacks<T>(400, many);
   int64_t rows = 0;
-  const auto tensors_of = [&](State& s) {
+  const auto tensors_of = [&](SamState<T>& s) {
     std::vector<SamTensor<T>> all;
     rows = 0;
     for (size_t i = 0; i < first.size(); ++i) {
-      const int64_t size = first[i].size(), stack = i % 5 == 1 && size % 2 == 0 ? 2
-                                                    : i == 9                    ? 7
-                                                                                : 1;
+      const auto n = static_cast<int64_t>(i);
+      const int64_t size = first[i].size(), stack = rows_of(n, size, many);
       all.push_back({s.parameters[i].data(), s.saved[i].data(), s.momenta[i].data(),
                      first[i].data(), second[i].data(), size, stack, rows,
                      static_cast<T>(0.1 + 0.01 * static_cast<double>(i)), static_cast<T>(0.02)});
@@ -582,10 +642,10 @@ TEMPLATE_TEST_CASE("CUDA's steps of SAM on the host have the CPU's bits", "[cuda
     return all;
   };
   const double scale = 0.37;
-  const auto gammas = numbers<T>(200, 7);
+  const auto gammas = numbers<T>(1700, 7);
   const auto gamma_of = [&](int64_t row) { return static_cast<T>(gammas.at(row)); };
 
-  State expected;
+  SamState<T> expected(many);
   const auto here = tensors_of(expected);
   std::vector<Alignment> alignments(static_cast<size_t>(rows));
   double squares = 0;
@@ -603,7 +663,7 @@ TEMPLATE_TEST_CASE("CUDA's steps of SAM on the host have the CPU's bits", "[cuda
 
   for (const int64_t blocks : {1, 2}) {
     const auto got = in_both_orders([&] {
-      State state;
+      SamState<T> state(many);
       const auto all = tensors_of(state);
       const auto count = static_cast<int64_t>(all.size());
       std::vector<double> sums(all.size() * static_cast<size_t>(blocks), NAN);
@@ -626,8 +686,10 @@ TEMPLATE_TEST_CASE("CUDA's steps of SAM on the host have the CPU's bits", "[cuda
                                      nullptr));
       return state;
     });
-    CHECK(got == expected);
-    State plain = got, same = got;
+    CHECK(got.parameters == expected.parameters);
+    CHECK(got.saved == expected.saved);
+    CHECK(got.momenta == expected.momenta);
+    SamState<T> plain = got, same = got;
     const auto all = tensors_of(plain), again = tensors_of(same);
     const auto count = static_cast<int64_t>(all.size());
     check_started(sam_momentum_cuda<T>(all.data(), count, T{0.5}, nullptr, blocks, nullptr));
@@ -642,4 +704,11 @@ TEMPLATE_TEST_CASE("CUDA's steps of SAM on the host have the CPU's bits", "[cuda
       CHECK(got.sums[3 + 3 * row] == Approx(alignments[row].gradient_square).margin(1e-9));
     }
   }
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("CUDA's steps of SAM on the host have the CPU's bits", "[cuda]", float, double) {
+  sam_steps<TestType>(false);
+  sam_steps<TestType>(true);
 }
