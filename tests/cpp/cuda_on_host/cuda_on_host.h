@@ -7,8 +7,8 @@
 #include <functional>
 
 // What .cu files need to be compiled as C++ and run on the host: the threads of a block are fibers
-// that take turns at __syncthreads() and at shuffles. No GPU is needed, and the sanitizers see every
-// access to global memory. A thread that ends while others wait is an error, which newer GPUs
+// that take turns at __syncthreads() and at shuffles. No GPU is needed, and the sanitizers see
+// every access to global memory. A thread that ends while others wait is an error, which newer GPUs
 // forgive. What cannot be shown is what only hardware has: launch limits, races between blocks, the
 // device's own functions; and what no kernel here does: threads that wait at different barriers,
 // exceptions.
